@@ -1,0 +1,280 @@
+"""Typed, closed settings: one YAML file per run, `key=value` on the command line, errors that name the right key.
+
+A config is frozen and validated in full before anything heavy is imported. Defaults live in code, a YAML lists only
+differences, and `load(dump(config)) == config`.
+"""
+
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError
+
+from diffusion_dpo import registry
+
+
+class ConfigError(ValueError):
+    """A setting, a file or an input that the user has to mend: the message says what, where, which value, what to do."""
+
+
+class Config(BaseModel):
+    """Base of every block of settings: unknown keys are refused, values cannot change, field docstrings are the help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class Plugin(Config):
+    """A Config with behaviour: its fields are its settings, its docstrings their documentation, its methods the work.
+
+    The module of a plug-in imports torch and the like inside its methods only, so that a typo in its settings is
+    answered at once.
+    """
+
+    type: str = ""
+    """Name in the registry, or `my_package.my_module:MyClass` for a plug-in of your own."""
+
+
+C = TypeVar("C", bound=Config)
+
+
+def plugin(table: str) -> Any:
+    """Return the annotation of a field that holds one plug-in of a registry table.
+
+    The value may be a block with `type`, or the bare name of the type where the defaults will do.
+    """
+    return Annotated[SerializeAsAny[Plugin], BeforeValidator(functools.partial(_build_plugin, table)), _Table(table)]
+
+
+class _Table:
+    """Marks a field as a plug-in, for the help text and for spelling hints."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+    """Return the settings of a verb: defaults, then the YAML file, then the overrides (`a.b=value`, value as YAML).
+
+    An override of `x.type` replaces the whole block x, whatever the order of the overrides, since the numbers of the
+    old block had other units. Raises ConfigError with one line per problem.
+    """
+    data = _read_yaml(Path(path)) if path is not None else {}
+    parsed = [_split_override(text) for text in overrides]
+    for keys, value in parsed:
+        if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) != value:
+            _set(data, keys[:-1], {"type": value})
+    for keys, value in parsed:
+        _set(data, keys, value)
+    return validate(cls, data, where=str(path) if path is not None else "the command line")
+
+
+def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
+    """Validate plain data against a Config; raises ConfigError with one line per problem."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        lines = list(_explain(cls, error))
+        raise ConfigError("\n".join([f"{len(lines)} problem{'s'[: len(lines) != 1]} in {where}:", *lines])) from None
+
+
+def dump(config: Config) -> str:
+    """Return the complete settings as YAML that `load` reads back into an equal config."""
+    return yaml.dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=119)
+
+
+class Setting(typing.NamedTuple):
+    """One line of the help: a dotted key, its type, its default, and what it means."""
+
+    key: str
+    type: str
+    default: str
+    help: str
+
+
+def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
+    """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type."""
+    for name, field in cls.model_fields.items():
+        key = prefix + name
+        default = "required" if field.is_required() else _show_default(field.get_default(call_default_factory=True))
+        yield Setting(key, _type_name(field.annotation), default, " ".join((field.description or "").split()))
+        table = _table_of(field)
+        inner = _config_in(field.annotation)
+        if table is not None:
+            for type_name in registry.TABLES[table]:
+                for setting in settings(registry.resolve(table, type_name), f"{key}[{type_name}]."):
+                    if not setting.key.endswith("].type"):
+                        yield setting
+        elif inner is not None:
+            yield from settings(inner, f"{key}.")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-8 as a string and `on` as true; people mean a number and a word."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|false|False)$"), list("tTfF"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        raise ConfigError(f"there is no config file {path}." + (f" Did you mean {near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the config file {path}: {error}") from error
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value` lines, not a {type(data).__name__}")
+    return data or {}
+
+
+def _split_override(text: str) -> tuple[list[str], Any]:
+    key, separator, value = text.partition("=")
+    if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
+        raise ConfigError(f"{text!r} is not a setting: write key=value, e.g. seed=1 or loss.beta=2000")
+    try:
+        return key.split("."), yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of {key} is not valid YAML: {value!r} ({' '.join(str(error).split())})") from None
+
+
+def _get(data: dict[str, Any], keys: list[str]) -> Any:
+    for key in keys:
+        data = data.get(key, {}) if isinstance(data, dict) else {}
+    return data
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        block = data.get(key)
+        if isinstance(block, str):  # the short form of a plug-in
+            block = {"type": block}
+        data[key] = dict(block) if isinstance(block, dict) else {}
+        data = data[key]
+    data[keys[-1]] = value
+
+
+def _build_plugin(table: str, value: Any) -> Plugin:
+    if isinstance(value, Plugin):
+        return value
+    block = {"type": value} if isinstance(value, str) else value
+    if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        known = ", ".join(registry.TABLES[table])
+        raise PydanticCustomError("plugin_type", "needs a `type` ({known})", {"known": known})
+    try:
+        cls = registry.resolve(table, block["type"])
+    except ValueError as error:
+        raise PydanticCustomError("plugin_type", "{text}", {"text": str(error)}) from None
+    if not issubclass(cls, Plugin):
+        raise PydanticCustomError("plugin_type", "{name} is not a Plugin", {"name": cls.__name__})
+    try:
+        return cls.model_validate(block)
+    except ValidationError as error:
+        raise PydanticCustomError("plugin", "{lines}", {"lines": list(_explain(cls, error))}) from None
+
+
+# --- explaining ------------------------------------------------------------------------------------------------------
+
+
+def _explain(cls: type[Config], error: ValidationError) -> Iterator[str]:
+    """Yield `dotted.key: what is wrong` for every problem, with the nearest right key where there is one."""
+    for problem in error.errors():
+        path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+        key = ".".join(path)
+        if problem["type"] == "plugin":
+            yield from (f"{key}.{line}" for line in problem["ctx"]["lines"])
+        elif problem["type"] == "extra_forbidden":
+            yield f"{key}: there is no such setting.{_suggest(cls, path)}"
+        elif problem["type"] == "missing":
+            yield f"{key}: is required"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(problem["input"], dict | Config) else f" (got {problem['input']!r})"
+            yield f"{key}: {message}{shown}" if key else message
+
+
+def _suggest(cls: type[Config], path: list[str]) -> str:
+    block: type[Config] | None = cls
+    for part in path[:-1]:
+        field = block.model_fields.get(part) if block else None
+        block = _config_in(field.annotation) if field else block
+    siblings = list(block.model_fields) if block else []
+    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean {'.'.join([*path[:-1], near[0]])}?"
+    everywhere = {setting.key: setting.key.rpartition(".")[2] for setting in settings(cls)}
+    same = [re.sub(r"\[\w+\]", "", key) for key, leaf in everywhere.items() if leaf == path[-1] and key != path[-1]]
+    return f" Did you mean {same[0]}?" if same else f" Known here: {', '.join(siblings)}"
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    """The Config class inside an annotation such as `Lora | None` or `list[Lora]`, if there is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _config_in(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _table_of(field: Any) -> str | None:
+    """The registry table of a plug-in field, or of a list of plug-ins."""
+    marks = [*field.metadata, *(m for a in typing.get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
+    return next((mark.name for mark in marks if isinstance(mark, _Table)), None)
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return " or ".join(str(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"list of {_type_name(arguments[0])}"
+    if annotation is type(None):
+        return "null"
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return "block"
+    return {"str": "text", "int": "int", "float": "number", "bool": "true or false", "Path": "path"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def _show_default(value: Any) -> str:
+    if isinstance(value, Plugin):
+        return value.type
+    if isinstance(value, Config):
+        return ""
+    if isinstance(value, dict):
+        return str(value.get("type", value))
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_show_default(item) for item in value) + "]"
+    if value is None or value == "":
+        return "null" if value is None else '""'
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,51 @@
+"""Preference pairs on disk. Everything that is imported becomes a PreferencePair; everything downstream reads only this."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from diffusion_dpo.config import Plugin
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """One prompt and two encoded images, the first of them preferred.
+
+    `chosen` and `rejected` are encoded image files (PNG, JPEG, ...), never paths. `label_prob` is the probability in
+    [0.5, 1] that chosen is the better one; 0.5 is a tie. Ids are stable: they come from the content, never from a
+    position in a file.
+    """
+
+    pair_id: str
+    prompt: str
+    chosen: bytes
+    rejected: bytes
+    label_prob: float = 1.0
+    chosen_uid: str = ""
+    rejected_uid: str = ""
+    chosen_scores: dict[str, float] = field(default_factory=dict)
+    rejected_scores: dict[str, float] = field(default_factory=dict)
+    margin: float | None = None
+    strategy: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that did not become a pair: where it is (file and row, for the user to find) and why, in a few words."""
+
+    where: str
+    reason: str
+    broken: bool = True
+    """False for rows that are fine but not wanted (ties); only broken rows count towards the fatal share."""
+
+
+class PairSource(Plugin):
+    """A data set of preference pairs (`data.type`)."""
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        """Yield every row once, in a stable order, as a pair or with the reason why it is none.
+
+        A row that cannot be used never raises; a source that cannot be read at all (no such file, missing columns)
+        raises ConfigError.
+        """
+        raise NotImplementedError

@@ -1,0 +1,101 @@
+"""Files that are whole or absent, and folders that belong to one run: what every verb writes through."""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusion_dpo.config import ConfigError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary name in the same folder; on success it is fsynced and renamed to `path`, else removed."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        fsync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON, whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a folder's manifest, {} when it has none; raises ConfigError when it cannot be read."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not a manifest: it holds a {type(data).__name__}")
+    return data
+
+
+@contextmanager
+def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Take a folder for one run of a verb: create it, or continue in it if the same identity made it.
+
+    Yields the manifest of the earlier run, {} for a new folder. Raises ConfigError, naming what differs, when the
+    folder belongs to something else, and when another process is at work in it. `identity` is plain JSON: the settings
+    that decide the content, and fingerprints of the inputs.
+    """
+    identity = json.loads(json.dumps(identity))
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file; choose a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another process is working in {folder}; wait for it, or choose another output_dir") from None
+        manifest = read_manifest(folder)
+        if not manifest:
+            strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+            if strangers:
+                raise ConfigError(
+                    f"{folder} already holds {strangers[0]!r}, which {made_by} did not make; choose an empty output_dir"
+                )
+            write_json(folder / MANIFEST, {"made_by": made_by, "complete": False, "identity": identity})
+        elif manifest.get("made_by") != made_by:
+            raise ConfigError(f"{folder} was made by {manifest.get('made_by')}, not by {made_by}; choose another output_dir")
+        else:
+            _refuse_changes(folder, manifest.get("identity", {}), identity)
+        yield manifest
+
+
+def finish(folder: Path, made_by: str, identity: dict[str, Any], **facts: Any) -> None:
+    """Write the manifest of a finished folder: what made it, from what, counts, drops by reason."""
+    write_json(folder / MANIFEST, {"made_by": made_by, "complete": True, "identity": identity, **facts})
+
+
+def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        lines = [f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
+        raise ConfigError("\n".join([f"{folder} belongs to another run; choose another output_dir. Different:", *lines]))

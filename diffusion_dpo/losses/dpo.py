@@ -1,0 +1,46 @@
+"""Diffusion-DPO: Wallace et al. 2023, "Diffusion Model Alignment Using Direct Preference Optimization" (2311.12908).
+
+Equation 14 with the constants of supplement S4. With errors e (means over latent elements),
+
+    u = (beta / 2) [(e_ref(chosen) - e(chosen)) - (e_ref(rejected) - e(rejected))],      loss = -log sigmoid(u)
+
+`beta` here is that of the authors' code and of the diffusers SDXL script; `convert_beta` translates the others.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from diffusion_dpo.losses import Loss, PairErrors, PairLoss
+
+BetaConvention = Literal["salesforce", "diffusers_sdxl", "diffusers_sd", "paper"]
+
+
+class DPO(Loss):
+    """The logistic loss on the difference of implicit rewards; ties and doubts enter as soft labels."""
+
+    beta: float = Field(2000.0, gt=0)
+    """Strength of the pull towards the reference, on mean errors, with the factor 1/2: 2000 to 5000 is usual."""
+
+    def __call__(self, errors: PairErrors) -> PairLoss:
+        """Return -log sigmoid(u), or its expectation under `label_prob`; the rewards are (beta/2)(e_ref - e)."""
+        from torch.nn import functional as F
+
+        assert errors.reference_chosen is not None and errors.reference_rejected is not None
+        chosen_reward = self.beta / 2 * (errors.reference_chosen - errors.chosen)
+        rejected_reward = self.beta / 2 * (errors.reference_rejected - errors.rejected)
+        logit = chosen_reward - rejected_reward
+        loss = errors.label_prob * F.softplus(-logit) + (1 - errors.label_prob) * F.softplus(logit)
+        return PairLoss(loss, chosen_reward.detach(), rejected_reward.detach())
+
+
+def convert_beta(beta: float, convention: BetaConvention, *, num_latent_elements: int) -> float:
+    """Return the `beta` of this package that equals a published one.
+
+    - "salesforce", "diffusers_sdxl": factor 1/2, mean errors, as here.
+    - "diffusers_sd": `train_diffusion_dpo.py` leaves out the factor 1/2, so ours is twice its number.
+    - "paper": the pseudo-code sums over the `num_latent_elements` of one image and has no 1/2.
+    """
+    if convention == "paper":
+        return 2 * beta * num_latent_elements
+    return 2 * beta if convention == "diffusers_sd" else beta

@@ -1,0 +1,46 @@
+"""The four tables of plug-ins: a short name to an import string. The only place where a registration line goes."""
+
+import difflib
+import importlib
+
+TABLES: dict[str, dict[str, str]] = {
+    "data": {
+        "pairs": "diffusion_dpo.data.pairs:PairsData",
+        "pickapic": "diffusion_dpo.data.pickapic:PickapicData",
+        "folder": "diffusion_dpo.data.folder:FolderData",
+        "hub": "diffusion_dpo.data.hub:HubData",
+    },
+    "models": {
+        "stable_diffusion": "diffusion_dpo.models.stable_diffusion:StableDiffusion",
+    },
+    "losses": {
+        "dpo": "diffusion_dpo.losses.dpo:DPO",
+    },
+    "scorers": {
+        "brightness": "diffusion_dpo.scorers.brightness:Brightness",
+        "clip": "diffusion_dpo.scorers.clip:Clip",
+        "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
+    },
+}
+
+
+def resolve(table: str, name: str) -> type:
+    """Return the class that `name` stands for: a key of the table, or `my_package.my_module:MyClass` from outside.
+
+    Raises ValueError, naming what is registered and the nearest name, when there is no such plug-in.
+    """
+    target = TABLES[table].get(name, name)
+    module_name, separator, attribute = target.partition(":")
+    if not separator:
+        near = difflib.get_close_matches(name, TABLES[table], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(sorted(TABLES[table]))
+        raise ValueError(f"unknown type {name!r}.{hint} Known: {known}; or your own as 'my_package.my_module:MyClass'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"type {name!r} cannot be imported: {error}") from error
+    found = getattr(module, attribute, None)
+    if not isinstance(found, type):
+        raise ValueError(f"type {name!r}: module {module_name!r} has no class {attribute!r}")
+    return found

@@ -1,0 +1,249 @@
+"""The settings of every verb, one class each. Defaults run offline, on the pocket model."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from diffusion_dpo.config import Config, Plugin, plugin
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+class ImageModel(Config):
+    """A model that draws: a diffusers pipeline, optionally with an adapter on top."""
+
+    pretrained: str = "pocket"
+    """Local folder or hub id of a diffusers pipeline; `pocket` is the small model that comes with the package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it for results that can be repeated."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    adapter_path: Path | None = None
+    """LoRA folder or file, a `unet/` folder, or a run folder of `train`; null draws with the base alone."""
+    adapter_scale: float = 1.0
+    """Strength of the LoRA; 1 as trained, 0 none. Ignored for a full UNet."""
+
+
+class Sampling(Config):
+    """How images are drawn; the same for every model that is compared."""
+
+    num_inference_steps: int = Field(20, ge=1)
+    """Denoising steps per image."""
+    guidance_scale: float = Field(3.0, ge=0)
+    """Classifier-free guidance; 1 or less turns it off. 7.5 is usual for Stable Diffusion 1.x."""
+    negative_prompt: str = ""
+    """What the guidance pushes away from."""
+    resolution_px: int | None = Field(None, ge=32)
+    """Side of the square images; null takes the model's own."""
+    batch_size: int = Field(32, ge=1)
+    """Images drawn at once; less needs less memory."""
+
+
+class GenerateConfig(Config):
+    """Prompts -> candidates: several images for every prompt."""
+
+    prompts_path: Path | None = None
+    """Prompts: .txt (one a line), .tsv or .jsonl with `prompt` and optionally `id`, `references`; null takes pocket
+    prompts."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
+    num_images_per_prompt: int = Field(4, ge=1)
+    """Candidates drawn for each prompt."""
+    model: ImageModel = ImageModel()
+    """The model that draws."""
+    sampling: Sampling = Sampling()
+    """How it draws."""
+    seed: int = Field(0, ge=0)
+    """Base seed; an image's own seed comes from (seed, prompt id, index)."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    mixed_precision: Precision = "auto"
+    """Number format of the model; auto is bf16 or fp16 on cuda, fp32 elsewhere."""
+    shard_size: int = Field(64, ge=1)
+    """Images per Parquet file; a crash loses at most one file."""
+    output_dir: Path = Path("runs/candidates")
+    """Folder for the candidates; the same command again continues there."""
+
+
+class ScoreConfig(Config):
+    """Candidates -> scores, beside the candidates."""
+
+    path: Path = Path("runs/candidates")
+    """A candidates folder, any Parquet file with an `image` column, or a folder of image files."""
+    scorers: list[plugin("scorers")] = ["clip"]  # type: ignore[valid-type]
+    """The judges."""
+    batch_size: int = Field(64, ge=1)
+    """Images judged at once."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    max_broken_share: float = Field(0.05, ge=0, le=1)
+    """Stop when more than this share of the images cannot be read."""
+    output_dir: Path | None = None
+    """Folder for the scores; null puts them beside the candidates."""
+
+
+class PairConfig(Config):
+    """Scored candidates -> preference pairs."""
+
+    path: Path = Path("runs/candidates")
+    """A candidates folder with scores."""
+    metric: str | None = None
+    """The metric that decides; null takes the only main metric there is."""
+    higher_is_better: bool | None = None
+    """Direction of the metric; null takes what its scorer says."""
+    strategy: Literal["best_worst", "top_bottom"] = "best_worst"
+    """best_worst: one pair a prompt, the best against the worst. top_bottom: each of the top k against each of the
+    bottom k."""
+    top_k: int = Field(2, ge=1)
+    """k of top_bottom."""
+    min_margin: float = Field(0.0, ge=0)
+    """Drop pairs whose scores differ by less than this (in the metric's own unit); equal scores are always dropped."""
+    max_pairs_per_prompt: int | None = Field(None, ge=1)
+    """Keep at most so many pairs of a prompt, those with the largest margin."""
+    output_dir: Path = Path("runs/pairs")
+    """Folder for the pairs."""
+
+
+class Preview(Config):
+    """Images drawn while training: fixed prompts, fixed seeds, step 0 included."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts to draw; empty takes the first four of the data."""
+    every_steps: int | None = Field(None, ge=1)
+    """Draw every so many steps; null draws at the start and at the end."""
+    sampling: Sampling = Sampling(batch_size=4)
+    """How they are drawn."""
+
+
+class TrainConfig(Config):
+    """Preference pairs -> a tuned model, by Diffusion-DPO (arXiv 2311.12908)."""
+
+    model: plugin("models") = "stable_diffusion"  # type: ignore[valid-type]
+    """The model to tune, and what of it is trained."""
+    data: plugin("data") = "pairs"  # type: ignore[valid-type]
+    """The preference pairs."""
+    loss: plugin("losses") = "dpo"  # type: ignore[valid-type]
+    """The objective."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW. For Stable Diffusion 1.5: 1e-5 for LoRA; full fine-tuning at batch 2048: 2e-5."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0; it is constant afterwards."""
+    max_steps: int = Field(200, ge=1)
+    """Optimizer steps."""
+    global_batch_size: int = Field(16, ge=1)
+    """Pairs per optimizer step, over all processes and accumulated micro-batches."""
+    per_device_batch_size: int = Field(4, ge=1)
+    """Pairs per forward pass of one process; less needs less memory."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW averaging coefficients."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient is scaled down to this norm."""
+    prompt_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of pairs trained with the empty prompt, so that guidance keeps working; one draw per pair."""
+    resolution_px: int | None = Field(None, ge=32)
+    """Side of the square training images; null takes the model's own."""
+    random_flip: bool = False
+    """Mirror half of the pairs, both images alike. Wrong where left and right matter."""
+    seed: int = Field(0, ge=0)
+    """Decides the order, the noise, the timesteps and the initial adapter."""
+    mixed_precision: Precision = "auto"
+    """auto is bf16 or fp16 on cuda, fp32 elsewhere. Trained weights are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about a quarter slower, several times less memory."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    checkpointing_steps: int = Field(100, ge=1)
+    """Save a checkpoint every so many steps."""
+    checkpoints_total_limit: int = Field(2, ge=1)
+    """Keep at most so many checkpoints."""
+    preview: Preview = Preview()
+    """Images drawn while training."""
+    max_broken_share: float = Field(0.05, ge=0, le=1)
+    """Stop when more than this share of the rows is broken."""
+    cache_dir: Path | None = None
+    """Folder for encoded latents and prompts; null keeps them in `output_dir/cache`."""
+    output_dir: Path = Path("runs/train")
+    """The run folder; the same command again continues there."""
+
+    @property
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step for one process."""
+        return self.global_batch_size // self.per_device_batch_size
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        if self.global_batch_size % self.per_device_batch_size:
+            raise ValueError(
+                f"global_batch_size ({self.global_batch_size}) must be a multiple of per_device_batch_size "
+                f"({self.per_device_batch_size}); the nearest are "
+                f"{max(1, self.global_batch_size // self.per_device_batch_size) * self.per_device_batch_size} and "
+                f"{-(-self.global_batch_size // self.per_device_batch_size) * self.per_device_batch_size}"
+            )
+        return self
+
+
+class CompareConfig(Config):
+    """Two models on the same prompts, seeds and noise -> report.json and report.html."""
+
+    before: ImageModel = ImageModel()
+    """The model that things are compared with, usually the base."""
+    after: ImageModel = ImageModel()
+    """The tuned model: often the same `pretrained` with an `adapter_path`."""
+    prompts_path: Path | None = None
+    """Prompts, as for `generate`; null takes held-out prompts of the pocket world."""
+    num_prompts: int | None = Field(None, ge=1)
+    """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
+    seeds_per_prompt: int = Field(2, ge=1)
+    """Images per prompt and model."""
+    sampling: Sampling = Sampling()
+    """How both models draw."""
+    scorers: list[plugin("scorers")] = ["clip"]  # type: ignore[valid-type]
+    """The judges."""
+    trained_on: tuple[str, ...] | None = None
+    """Metrics that labelled the training pairs; null reads them from the pairs that the adapter was trained on."""
+    seed: int = Field(0, ge=0)
+    """Base seed of the noise."""
+    device: Device = "auto"
+    """Where to compute; auto takes cuda, then mps, then cpu."""
+    mixed_precision: Precision = "auto"
+    """Number format of both models; auto is bf16 or fp16 on cuda, fp32 elsewhere."""
+    output_dir: Path = Path("runs/compare")
+    """Folder for the images, report.json and report.html."""
+
+
+class InspectConfig(Config):
+    """What is in a dataset or candidates folder; never modifies anything there."""
+
+    path: Path = Path("runs/pairs")
+    """A folder of pairs or candidates, a Parquet file, a folder with metadata.jsonl, or a folder of images."""
+    num_images: int = Field(24, ge=0)
+    """Images on the contact sheet."""
+    output_dir: Path | None = None
+    """Folder for the contact sheet; null writes it to runs/inspect/<name>."""
+
+
+class DemoConfig(Config):
+    """Every verb, one after the other, on the pocket model."""
+
+    output_dir: Path = Path("runs/demo")
+    """Folder for everything that the demo makes."""
+    seed: int = Field(0, ge=0)
+    """Base seed of the prompts, the images and the training."""
+
+
+VERBS: dict[str, type[Config]] = {
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "pair": PairConfig,
+    "train": TrainConfig,
+    "compare": CompareConfig,
+    "inspect": InspectConfig,
+}
+
+__all__ = [cls.__name__ for cls in (*VERBS.values(), DemoConfig)] + ["ImageModel", "Sampling", "Preview", "Plugin"]
