@@ -1,0 +1,192 @@
+"""Rows in Parquet shards, image bytes inside: what every verb writes, and how any Parquet is read without loading it.
+
+`datasets.load_dataset("parquet", data_files=...)` reads a shard back with its images decoded, because the schema
+carries the features of Hugging Face `datasets` in its metadata.
+"""
+
+import difflib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.files import atomic_path
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ROW_GROUP_SIZE = 16
+"""Rows that are read or written at once. Image rows are large, and random reads cost a whole row group."""
+
+_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+_READ_BUFFER_BYTES = 1 << 20
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    """The `datasets` feature of one of our column types."""
+    if kind == _IMAGE:
+        return {"_type": "Image"}
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "List"}
+    return {"dtype": "float64" if pa.types.is_floating(kind) else str(kind), "_type": "Value"}
+
+
+def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
+    features = {name: _feature(kind) for name, kind in columns.items()}
+    return pa.schema(list(columns.items()), metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+CANDIDATES = _schema(
+    {
+        "uid": pa.string(),
+        "prompt_id": pa.string(),
+        "prompt": pa.string(),
+        "index": pa.int64(),
+        "seed": pa.int64(),
+        "image": _IMAGE,
+        "references": pa.list_(_IMAGE),
+        "settings_hash": pa.string(),
+    }
+)
+"""candidates/<name>/images-*.parquet; `uid` is the pixel hash of the image."""
+
+SCORES = _schema(
+    {
+        "uid": pa.string(),
+        "metric": pa.string(),
+        "value": pa.float64(),
+        "reason": pa.string(),
+        "fingerprint": pa.string(),
+    }
+)
+"""candidates/<name>/scores-<scorer>-*.parquet; `value` is null or NaN where the image cannot be scored."""
+
+PAIRS = _schema(
+    {
+        "pair_id": pa.string(),
+        "prompt": pa.string(),
+        "chosen": _IMAGE,
+        "rejected": _IMAGE,
+        "chosen_uid": pa.string(),
+        "rejected_uid": pa.string(),
+        "chosen_scores": pa.string(),
+        "rejected_scores": pa.string(),
+        "margin": pa.float64(),
+        "label_prob": pa.float64(),
+        "strategy": pa.string(),
+        "seeds": pa.list_(pa.int64()),
+        "source": pa.string(),
+    }
+)
+"""pairs/<name>/pairs-*.parquet; the scores are JSON objects, metric to value."""
+
+
+def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write rows with exactly the schema's columns, the whole file or none of it."""
+    names = set(schema.names)
+    assert all(set(row) == names for row in rows), f"rows of {path.name} must have the columns {sorted(names)}"
+    groups = [list(rows[start : start + ROW_GROUP_SIZE]) for start in range(0, len(rows), ROW_GROUP_SIZE)]
+    # PNG and JPEG do not compress further, and dictionaries of images only cost memory.
+    options = {"compression": "none", "use_dictionary": False}
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, schema, **options) as writer:
+        for group in groups:
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+def read_rows(
+    path: Path, columns: Sequence[str] | None = None, pattern: str = "*.parquet"
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, or of all matching files of a folder, in order of file name.
+
+    Only a few rows are in memory at a time. Raises ConfigError when there is no such file, when a file is damaged, and
+    when it lacks one of the columns.
+    """
+    for file in parquet_files(path, pattern):
+        for _, row in located_rows(file, columns):
+            yield row
+
+
+def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `(where, row)` for the rows of one file; `where` is for the user to find it: `a.parquet row 3`, from 0."""
+    with _open(file) as parquet:
+        _require(file, columns or (), parquet.schema_arrow.names)
+        batches = parquet.iter_batches(ROW_GROUP_SIZE, columns=columns, use_threads=False)
+        index = 0
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise _damaged(file, error) from error
+            if batch is None:
+                return
+            for row in batch.to_pylist():
+                yield f"{file.name} row {index}", row
+                index += 1
+
+
+def parquet_files(path: Path, pattern: str = "*.parquet") -> list[Path]:
+    """Return `path` itself, or the matching files below it, sorted; hidden files and folders are passed over.
+
+    Raises ConfigError when there are none.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"there is no file or folder {path}")
+    found = [file for file in path.rglob(pattern) if file.is_file()]
+    visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not visible:
+        raise ConfigError(f"{path} holds no file {pattern}")
+    return sorted(visible)
+
+
+def column_names(file: Path) -> list[str]:
+    """Return the columns of a Parquet file; raises ConfigError when it cannot be read."""
+    with _open(file) as parquet:
+        return list(parquet.schema_arrow.names)
+
+
+def num_rows(file: Path) -> int:
+    """Return the number of rows of a Parquet file; raises ConfigError when it cannot be read."""
+    with _open(file) as parquet:
+        return int(parquet.metadata.num_rows)
+
+
+def encode_png(image: "Image.Image") -> bytes:
+    """Return an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def image_struct(data: bytes) -> dict[str, bytes | None]:
+    """Return encoded image bytes as the value of an image column."""
+    return {"bytes": data, "path": None}
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ConfigError:
+    if file.is_file() and file.stat().st_size == 0:
+        return ConfigError(f"{file} is empty, not a Parquet file; remove it or write it again")
+    return ConfigError(
+        f"cannot read {file} as Parquet: {' '.join(str(error).split())[:200]}; write or download it again"
+    )
+
+
+def _require(file: Path, wanted: Sequence[str], present: Sequence[str]) -> None:
+    for name in wanted:
+        if name not in present:
+            near = difflib.get_close_matches(name, present, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{file} has no column {name!r}.{hint} It has: {', '.join(present) or 'none'}")
