@@ -38,8 +38,8 @@ class ScoreRequest:
 class Scores:
     """What a scorer returns for a batch of B requests.
 
-    `values[metric]` is a float array of shape (B,), NaN where the image cannot be scored; then `reasons[i]` says why in
-    a few words (empty where all is well).
+    `values[metric]` is a float array of shape (B,), NaN where the image cannot be scored; then `reasons[i]` says why
+    in a few words (empty where all is well).
     """
 
     values: dict[str, np.ndarray]
@@ -51,7 +51,11 @@ class Scorer(Plugin):
 
     licence: ClassVar[str]
     """Licence of the weights that this scorer uses, and what it forbids."""
-    needs: ClassVar[frozenset[Literal["prompt", "reference"]]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[Literal["prompt", "reference"]]:
+        """What every request must have beside its image; it may depend on the settings."""
+        return frozenset()
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

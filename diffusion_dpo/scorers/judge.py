@@ -1,0 +1,177 @@
+"""The framework around a scorer: batches, halves them when memory is short, and believes nothing that comes back.
+
+A scorer is then a few lines of arithmetic, and a wrong scorer is found at its first batch instead of in a bad model.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import warn
+from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
+
+_RANGE_TOLERANCE = 1e-4
+"""How far, relative to the width of the range, rounding may carry a value out of it."""
+_METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class ScorerContractError(AssertionError):
+    """A scorer broke its contract: the message names the scorer, the metric and what is wrong with it."""
+
+
+def judge(
+    scorer: Scorer,
+    requests: Sequence[ScoreRequest],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Scores:
+    """Score all requests with a loaded scorer and warn of metrics that are the same for every image.
+
+    Returns float64 arrays of shape (len(requests),) for every metric of the scorer, NaN where an image cannot be
+    scored, and as many reasons. `advance(count)` is called after every batch. Raises ConfigError when a request lacks
+    what the scorer needs, ScorerContractError when the scorer's answer breaks its contract.
+    """
+    scores = Judge(scorer, batch_size=batch_size).score(requests, advance=advance)
+    warn_if_constant(scorer.metrics, scores.values)
+    return scores
+
+
+class Judge:
+    """A loaded scorer at work; it remembers, from call to call, the batch size that fits in memory."""
+
+    def __init__(self, scorer: Scorer, *, batch_size: int) -> None:
+        self.scorer = scorer
+        self.batch_size = batch_size
+
+    def score(
+        self, requests: Sequence[ScoreRequest], *, advance: Callable[[int], None] = lambda count: None
+    ) -> Scores:
+        """Score all requests; as `judge`, without the warning, for those who come with one shard at a time.
+
+        Equal requests are scored once, so that they tie exactly: in two batches, rounding could set them apart.
+        """
+        _refuse_lacking(self.scorer, requests)
+        keys = [_content(request) for request in requests]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        unique = sorted(first.values())
+        scores = self._score_unique([requests[i] for i in unique], advance)
+        advance(len(requests) - len(unique))
+        place = {keys[i]: k for k, i in enumerate(unique)}
+        order = np.array([place[key] for key in keys], dtype=np.intp)
+        values = {name: array[order] for name, array in scores.values.items()}
+        return Scores(values, tuple(scores.reasons[k] for k in order))
+
+    def _score_unique(self, requests: Sequence[ScoreRequest], advance: Callable[[int], None]) -> Scores:
+        parts: list[Scores] = []
+        start = 0
+        while start < len(requests):
+            batch = requests[start : start + self.batch_size]
+            scores = self._try(batch)
+            if scores is not None:
+                parts.append(_checked(self.scorer, scores, len(batch)))
+                start += len(batch)
+                advance(len(batch))
+        values = {
+            metric.name: np.concatenate([np.empty(0), *(part.values[metric.name] for part in parts)])
+            for metric in self.scorer.metrics
+        }
+        return Scores(values, tuple(reason for part in parts for reason in part.reasons))
+
+    def _try(self, batch: Sequence[ScoreRequest]) -> Scores | None:
+        """Return the scores of a batch, or None after halving the batch size because memory ran out."""
+        import torch
+
+        try:
+            return self.scorer.score(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise ConfigError(
+                    f"the scorer {self.scorer.type} needs more memory than the device has, even for one image; "
+                    "set device=cpu"
+                ) from None
+        torch.cuda.empty_cache()
+        self.batch_size = len(batch) // 2
+        warn(f"out of memory with {len(batch)} images at once; going on with batch_size={self.batch_size}")
+        return None
+
+
+def check_metrics(scorers: Sequence[Scorer]) -> None:
+    """Refuse a list of scorers whose metrics cannot be told apart; raises ConfigError."""
+    if not scorers:
+        raise ConfigError("scorers is empty; name at least one, e.g. scorers=[clip]")
+    owners: dict[str, str] = {}
+    for scorer in scorers:
+        for metric in scorer.metrics:
+            if not _METRIC_NAME.fullmatch(metric.name):
+                raise ConfigError(f"the scorer {scorer.type} calls a metric {metric.name!r}; use a-z, 0-9 and _ only")
+            if metric.name in owners:
+                raise ConfigError(
+                    f"the scorers {owners[metric.name]} and {scorer.type} both give the metric {metric.name!r}; "
+                    "remove one of them, or set its `name` where it has that setting"
+                )
+            owners[metric.name] = scorer.type
+
+
+def warn_if_constant(metrics: Sequence[Metric], values: Mapping[str, np.ndarray]) -> None:
+    """Warn of main metrics that give several images one and the same value: they can prefer nothing."""
+    for metric in metrics:
+        known = values[metric.name][np.isfinite(values[metric.name])]
+        if not metric.auxiliary and len(known) > 1 and np.ptp(known) == 0:
+            warn(f"{metric.name} is {known[0]:g} for all {len(known)} images, so it cannot tell better from worse")
+
+
+def _content(request: ScoreRequest) -> tuple[str, ...]:
+    """Equal for requests with the same pixels, prompt and references."""
+    images = (request.image, *request.references)
+    return (request.prompt, *(f"{i.size} {hashlib.sha256(i.tobytes()).hexdigest()}" for i in images))
+
+
+def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:
+    lacking = {
+        "prompt": sum(not request.prompt.strip() for request in requests),
+        "reference": sum(not request.references for request in requests),
+    }
+    for need in sorted(scorer.needs):
+        if lacking[need]:
+            column = {"prompt": "a `prompt`", "reference": "`references`"}[need]
+            raise ConfigError(
+                f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {len(requests)} images "
+                f"have none; add {column} to the data, or leave this scorer out"
+            )
+
+
+def _checked(scorer: Scorer, scores: Scores, count: int) -> Scores:
+    """Return the answer to a batch as float64 with a reason for every image; raises ScorerContractError."""
+    names = [metric.name for metric in scorer.metrics]
+    if sorted(scores.values) != sorted(names):
+        raise ScorerContractError(
+            f"scorer {scorer.type} declares the metrics {names} and returned {list(scores.values)}"
+        )
+    if scores.reasons and len(scores.reasons) != count:
+        raise ScorerContractError(f"scorer {scorer.type} returned {len(scores.reasons)} reasons for {count} images")
+    reasons = tuple(scores.reasons) or ("",) * count
+    for metric in scorer.metrics:
+        complaint = _complaint(metric, scores.values[metric.name], reasons)
+        if complaint:
+            raise ScorerContractError(f"scorer {scorer.type}, metric {metric.name}: {complaint}")
+    return Scores({name: scores.values[name].astype(np.float64) for name in names}, reasons)
+
+
+def _complaint(metric: Metric, values: np.ndarray, reasons: tuple[str, ...]) -> str:
+    """Say what is wrong with the values of a batch; empty where all is well."""
+    if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
+        return f"must be a float array, not {getattr(values, 'dtype', type(values).__name__)}"
+    if values.shape != (len(reasons),):
+        return f"has shape {values.shape} for {len(reasons)} images"
+    if np.isinf(values).any():
+        return "is infinite; return NaN and a reason where an image cannot be scored"
+    if any(np.isnan(value) and not reason for value, reason in zip(values, reasons, strict=True)):
+        return "is NaN without a reason"
+    low, high = metric.range
+    slack = _RANGE_TOLERANCE * (high - low if np.isfinite(high - low) else 1.0)
+    outside = values[(values < low - slack) | (values > high + slack)]
+    return f"is {outside[0]:g}, outside its range [{low:g}, {high:g}]" if len(outside) else ""
