@@ -21,11 +21,11 @@ from diffusion_dpo import registry
 
 
 class ConfigError(ValueError):
-    """A setting, a file or an input that the user has to mend: the message says what, where, which value, what to do."""
+    """Something that the user has to mend: the message says what, where, which value, what to do."""
 
 
 class Config(BaseModel):
-    """Base of every block of settings: unknown keys are refused, values cannot change, field docstrings are the help."""
+    """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
@@ -90,21 +90,27 @@ def dump(config: Config) -> str:
 
 
 class Setting(typing.NamedTuple):
-    """One line of the help: a dotted key, its type, its default, and what it means."""
+    """One entry of the help: a dotted key, its type and bounds, its default, and what it means."""
 
     key: str
     type: str
     default: str
     help: str
+    table: str | None = None
+    """The registry table, where the setting is a plug-in."""
 
 
-def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
-    """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type."""
+def settings(cls: type[Config], prefix: str = "", block: Config | None = None) -> Iterator[Setting]:
+    """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type.
+
+    `block` holds the defaults where they are not those of the class.
+    """
     for name, field in cls.model_fields.items():
         key = prefix + name
-        default = "required" if field.is_required() else _show_default(field.get_default(call_default_factory=True))
-        yield Setting(key, _type_name(field.annotation), default, " ".join((field.description or "").split()))
+        value = getattr(block, name) if block is not None else field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else _show_default(value)
         table = _table_of(field)
+        yield Setting(key, _describe_type(field), default, " ".join((field.description or "").split()), table)
         inner = _config_in(field.annotation)
         if table is not None:
             for type_name in registry.TABLES[table]:
@@ -112,26 +118,41 @@ def settings(cls: type[Config], prefix: str = "") -> Iterator[Setting]:
                     if not setting.key.endswith("].type"):
                         yield setting
         elif inner is not None:
-            yield from settings(inner, f"{key}.")
+            yield from settings(inner, f"{key}.", value if isinstance(value, inner) else None)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-8 as a string and `on` as true; people mean a number and a word."""
+    """YAML as people mean it. YAML 1.1 reads 1e-8 as text, `on` as true, 1:30 as 90, 010 as 8, 2026-11-23 as a date,
+    and of two equal keys the second silently wins.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is set twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
+_SCALARS = {
+    "bool": (r"(?:true|True|false|False)$", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][\d_]*)$", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))$",
+        "-+0123456789.",
+    ),
+}
+_REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_SCALARS, "timestamp")}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\d[\d_]*\.[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"(?:true|True|false|False)$"), list("tTfF"))
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -158,7 +179,9 @@ def _split_override(text: str) -> tuple[list[str], Any]:
     try:
         return key.split("."), yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value of {key} is not valid YAML: {value!r} ({' '.join(str(error).split())})") from None
+        raise ConfigError(
+            f"the value of {key} is not valid YAML: {value!r} ({' '.join(str(error).split())})"
+        ) from None
 
 
 def _get(data: dict[str, Any], keys: list[str]) -> Any:
@@ -217,11 +240,14 @@ def _explain(cls: type[Config], error: ValidationError) -> Iterator[str]:
 
 
 def _suggest(cls: type[Config], path: list[str]) -> str:
-    block: type[Config] | None = cls
+    if "." in path[-1]:
+        block, _, leaf = path[-1].partition(".")
+        return f" In YAML, blocks are nested: `{block}: {{{leaf}: ...}}`"
+    found: type[Config] | None = cls
     for part in path[:-1]:
-        field = block.model_fields.get(part) if block else None
-        block = _config_in(field.annotation) if field else block
-    siblings = list(block.model_fields) if block else []
+        field = found.model_fields.get(part) if found else None
+        found = _config_in(field.annotation) if field else found
+    siblings = list(found.model_fields) if found else []
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
         return f" Did you mean {'.'.join([*path[:-1], near[0]])}?"
@@ -247,6 +273,20 @@ def _table_of(field: Any) -> str | None:
     return next((mark.name for mark in marks if isinstance(mark, _Table)), None)
 
 
+_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def _describe_type(field: Any) -> str:
+    """The type of a field, with its bounds: `number, > 0`."""
+    bounds = [
+        f"{sign} {getattr(mark, name):g}"
+        for mark in field.metadata
+        for name, sign in _BOUNDS.items()
+        if getattr(mark, name, None) is not None
+    ]
+    return ", ".join([_type_name(field.annotation), *bounds])
+
+
 def _type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -254,7 +294,7 @@ def _type_name(annotation: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_type_name(argument) for argument in arguments)
     if origin is typing.Literal:
-        return " or ".join(str(argument) for argument in arguments)
+        return " | ".join(str(argument) for argument in arguments)
     if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
     if annotation is type(None):

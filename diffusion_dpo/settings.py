@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_dpo.config import Config, Plugin, plugin
+from diffusion_dpo.config import Config, plugin
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -88,7 +88,9 @@ class PairConfig(Config):
     """Scored candidates -> preference pairs."""
 
     path: Path = Path("runs/candidates")
-    """A candidates folder with scores."""
+    """Scored candidates: what was given to `score`."""
+    scores_dir: Path | None = None
+    """Folder with the scores; null looks beside the candidates."""
     metric: str | None = None
     """The metric that decides; null takes the only main metric there is."""
     higher_is_better: bool | None = None
@@ -245,5 +247,3 @@ VERBS: dict[str, type[Config]] = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
 }
-
-__all__ = [cls.__name__ for cls in (*VERBS.values(), DemoConfig)] + ["ImageModel", "Sampling", "Preview", "Plugin"]

@@ -1,0 +1,205 @@
+"""The command line: one sub-command per verb, settings as `key=value`, and exit codes that scripts can rely on.
+
+0 done; 1 a bug of ours, with its traceback; 2 something that the user can mend, in one message without a traceback;
+128 + n stopped by signal n, after saving (130 Ctrl-C, 143 `kill`). Nothing heavy is imported at the top: a verb's
+module is imported once its settings are known to be right.
+"""
+
+import errno
+import importlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from diffusion_dpo import __version__, interrupt
+from diffusion_dpo.config import Config, ConfigError, load
+from diffusion_dpo.settings import VERBS, DemoConfig
+
+
+class _Verbs(TyperGroup):
+    """The list of verbs, each with its whole sentence."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list; `ctx` and `formatter` are typer's."""
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, command.help or "") for name, command in self.commands.items()])
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    subcommand_metavar="VERB [CONFIG.yaml] [key=value ...]",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (default: that of this process) and return its exit code."""
+    interrupt.install()
+    try:
+        code = app(args=arguments, prog_name="diffusion-dpo", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()}\nSee `diffusion-dpo --help`.")
+    except interrupt.Interrupted as stopped:
+        return _stopped(stopped.exit_code)
+    except BrokenPipeError:  # `... | head`: whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except Exception as error:  # noqa: BLE001 - the outermost frame: every failure becomes an exit code
+        message = _user_message(error)
+        if message is not None:
+            return _fail(message)
+        traceback.print_exc()
+        return _fail(
+            "this is a bug. Please report it, with the lines above and `diffusion-dpo doctor --json`.", code=1
+        )
+    return _stopped(code) if code == 130 else code  # typer turns a KeyboardInterrupt into 130
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Tune text-to-image diffusion models on preferences, with an honest before/after report.
+
+    generate -> score -> pair -> train -> compare. Every verb takes a YAML file, key=value settings, or both, and runs
+    from its defaults without either; the same command again continues where it stopped.
+
+    To see all of it in a few minutes: diffusion-dpo demo
+    """
+    if version:
+        typer.echo(f"diffusion-dpo {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+# --- the verbs -------------------------------------------------------------------------------------------------------
+
+
+class _VerbCommand(TyperCommand):
+    """A command whose help lists every setting of its verb. `ctx` and `formatter` are typer's."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return what follows the verb in the usage line."""
+        return ["[PATH]" if self.name == "inspect" else "[CONFIG.yaml]", "[key=value ...]"]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, the verb's one sentence, its options and its settings."""
+        from diffusion_dpo.cli_help import describe_settings
+
+        assert self.name is not None
+        super().format_help(ctx, formatter)
+        formatter.write("\n" + describe_settings(_CONFIGS[self.name], width=formatter.width))
+
+
+_CONFIGS: dict[str, type[Config]] = {**VERBS, "demo": DemoConfig}
+_Arguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
+_SETTINGS = {"ignore_unknown_options": True}  # _split says how settings are written
+
+
+def _add_verb(verb: str) -> None:
+    def command(arguments: _Arguments = None) -> None:
+        path, overrides = _split(arguments or [])
+        _run(verb, load(_CONFIGS[verb], path, overrides))
+
+    app.command(verb, help=_CONFIGS[verb].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)(command)
+
+
+for _verb in VERBS:
+    if _verb != "inspect":
+        _add_verb(_verb)
+
+
+@app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _inspect(arguments: _Arguments = None) -> None:
+    path, overrides = _split(arguments or [])
+    if path is not None:
+        overrides = [f"path={json.dumps(path)}", *overrides]  # JSON quotes what YAML would misread
+    _run("inspect", load(VERBS["inspect"], None, overrides))
+
+
+@app.command("doctor", help="What this machine can do: device, precision, memory, disk, versions, extras, the hub.")
+def _doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report.")] = False,
+) -> None:
+    from diffusion_dpo import doctor
+
+    raise typer.Exit(doctor.run(as_json))
+
+
+@app.command("demo", help=DemoConfig.__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _demo(
+    arguments: _Arguments = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The same as output_dir=...", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as seed=...", show_default=False)] = None,
+) -> None:
+    path, overrides = _split(arguments or [])
+    options = {"output_dir": output_dir and str(output_dir), "seed": seed}
+    overrides += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    _run("demo", load(DemoConfig, path, overrides))
+
+
+def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Split off the first argument when it is a path, i.e. has no `=`."""
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, _, value = argument.lstrip("-").replace("-", "_").partition("=")
+            raise ConfigError(
+                f"there is no option {argument}; settings are written without dashes: {name}={value or '...'}"
+            )
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def _run(verb: str, config: Config) -> None:
+    """Import a verb, which is what takes seconds, and run it."""
+    run: Callable[[Config], object] = importlib.import_module(f"diffusion_dpo.{verb}").run
+    run(config)
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def _fail(message: str, *, code: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _stopped(code: int) -> int:
+    print("stopped; the same command again continues from what is saved", file=sys.stderr)
+    return code
+
+
+def _user_message(error: Exception) -> str | None:
+    """Return what to tell the user about a failure that they can mend, None where it must be a bug."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return f"the disk is full{where}. What was finished is kept: free some space and run the same command again"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}: {os.strerror(number)}. Choose another folder, or mend its permissions"
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    ):
+        return (
+            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}\n"
+            "To need less: a smaller per_device_batch_size, batch_size or sampling.batch_size; a smaller "
+            "resolution_px; gradient_checkpointing=true when training"
+        )
+    return None
