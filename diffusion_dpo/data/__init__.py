@@ -1,4 +1,4 @@
-"""Preference pairs on disk. Everything that is imported becomes a PreferencePair; everything downstream reads only this."""
+"""Preference pairs. Everything that is imported becomes a PreferencePair; everything downstream reads only this."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,6 +27,8 @@ class PreferencePair:
     margin: float | None = None
     strategy: str = ""
     source: str = ""
+    where: str = field(default="", compare=False)
+    """File and row that it was read from, for messages."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,11 @@ class PairSource(Plugin):
         raises ConfigError.
         """
         raise NotImplementedError
+
+    def num_rows(self) -> int:
+        """Return how many rows `read` yields, for the progress bar; override it where counting is cheaper."""
+        return sum(1 for _ in self.read())
+
+    def labelled_by(self) -> tuple[str, ...]:
+        """Return the metrics that decided which image is chosen; () when people did, or when it is not known."""
+        return ()

@@ -6,15 +6,14 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageOps
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded. Pillow knows dozens more, some of which start other programs."""
 
-# Pillow's documented errors, and those that its decoders let slip on damaged files.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, EOFError, Image.DecompressionBombError)
+# What Pillow's decoders raise on damaged files; RuntimeError is AVIF's.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
 
 
 class BrokenImage(ValueError):  # noqa: N818 - it names the image's state
@@ -67,6 +66,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BrokenImage("floating-point pixels")
     if image.mode.startswith("I"):  # Pillow's own conversion would clip 16 bits to 255
+        import numpy as np  # here, because the importers' settings are read in a fraction of its import time
+
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 0xFFFF:
             raise BrokenImage("32-bit pixels")

@@ -58,13 +58,15 @@ CANDIDATES = _schema(
 SCORES = _schema(
     {
         "uid": pa.string(),
+        "key": pa.string(),
         "metric": pa.string(),
         "value": pa.float64(),
         "reason": pa.string(),
         "fingerprint": pa.string(),
     }
 )
-"""candidates/<name>/scores-<scorer>-*.parquet; `value` is null or NaN where the image cannot be scored."""
+"""candidates/<name>/scores-<scorer>-*.parquet; `key` stands for all that was judged (image, prompt, references),
+`value` is null or NaN where the image cannot be scored."""
 
 PAIRS = _schema(
     {
@@ -120,11 +122,12 @@ def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[t
         while True:
             try:
                 batch = next(batches, None)
-            except (pa.ArrowException, OSError) as error:
+                rows = batch.to_pylist() if batch is not None else []
+            except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise _damaged(file, error) from error
-            if batch is None:
+            if not rows:
                 return
-            for row in batch.to_pylist():
+            for row in rows:
                 yield f"{file.name} row {index}", row
                 index += 1
 

@@ -1,0 +1,80 @@
+"""A folder of image files with a metadata.jsonl: the format for pairs that are made by hand."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.rows import make_pair
+
+METADATA = "metadata.jsonl"
+EXAMPLE = '{"prompt": "a cat", "chosen": "cat_1.png", "rejected": "cat_2.png"}'
+_KEYS = ("prompt", "chosen", "rejected")
+
+
+class FolderData(PairSource):
+    """Image files and a metadata.jsonl, one object a line: `prompt`, and the file names `chosen` and `rejected`."""
+
+    path: Path
+    """The folder; file names are relative to it and may not leave it."""
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        """Yield every line that is not blank."""
+        for number, line in self._lines():
+            where = f"{METADATA} line {number}"
+            entry = _parse(line)
+            if isinstance(entry, str):
+                yield Dropped(where, entry)
+                continue
+            images = [_read_image(self.path, entry[side]) for side in ("chosen", "rejected")]
+            wrong = next(
+                (f"{side}: {it}" for side, it in zip(_KEYS[1:], images, strict=True) if isinstance(it, str)), ""
+            )
+            yield Dropped(where, wrong) if wrong else make_pair(where, entry["prompt"], *images, source="folder")
+
+    def num_rows(self) -> int:
+        """Return the number of lines that are not blank."""
+        return sum(1 for _ in self._lines())
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        metadata = self.path / METADATA
+        try:
+            with metadata.open("rb") as file:
+                yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+        except FileNotFoundError:
+            raise ConfigError(f"there is no {metadata}; write one line per pair, such as {EXAMPLE}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {metadata}: {error.strerror}") from error
+
+
+def _parse(line: bytes) -> dict[str, Any] | str:
+    """Return the object of a line, or why it is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    if not isinstance(entry, dict):
+        return "not a JSON object"
+    missing = [key for key in _KEYS if key not in entry]
+    return f"no {missing[0]!r}" if missing else entry
+
+
+def _read_image(folder: Path, name: Any) -> bytes | str:
+    """Return the bytes of an image file inside the folder, or why there are none."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return "not a file name"
+    if "://" in name or name.startswith("file:"):
+        return "a URL instead of a file name"
+    windows = PureWindowsPath(name)
+    parts = {*PurePosixPath(name).parts, *windows.parts}
+    if name.startswith("/") or windows.drive or windows.root or ".." in parts:
+        return "the file name leaves the folder"
+    try:
+        file = (folder / name).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            return "the file name leaves the folder"
+        return file.read_bytes() if file.is_file() else "no such file"
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return "the file cannot be read"

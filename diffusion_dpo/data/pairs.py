@@ -1,0 +1,102 @@
+"""Our own pairs: what `pair` and `label` write, what `train` reads unless told otherwise."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.rows import make_pair
+
+_REQUIRED = ("prompt", "chosen", "rejected")
+_OPTIONAL = (
+    "chosen_uid",
+    "rejected_uid",
+    "chosen_scores",
+    "rejected_scores",
+    "margin",
+    "label_prob",
+    "strategy",
+    "source",
+)
+
+
+class PairsData(PairSource):
+    """Parquet with `prompt`, `chosen` and `rejected`, as `diffusion-dpo pair` writes it."""
+
+    path: Path = Path("runs/pairs")
+    """A folder of pairs, or one Parquet file."""
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        """Yield every row; ids are taken from the content, so that an edited file cannot carry stale ones."""
+        from diffusion_dpo.data import shards
+
+        for file in shards.parquet_files(self.path):
+            present = shards.column_names(file)
+            columns = (*_REQUIRED, *(name for name in _OPTIONAL if name in present))
+            for where, row in shards.located_rows(file, columns):
+                yield _read_row(where, row)
+
+    def num_rows(self) -> int:
+        """Return the number of rows, from the files' footers."""
+        from diffusion_dpo.data import shards
+
+        return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+
+def pair_row(pair: PreferencePair, *, seeds: Sequence[int] = ()) -> dict[str, Any]:
+    """Return a pair as a row of `shards.PAIRS`; `seeds` are those of chosen and rejected, if we drew them."""
+    from diffusion_dpo.data.shards import image_struct
+
+    return {
+        "pair_id": pair.pair_id,
+        "prompt": pair.prompt,
+        "chosen": image_struct(pair.chosen),
+        "rejected": image_struct(pair.rejected),
+        "chosen_uid": pair.chosen_uid,
+        "rejected_uid": pair.rejected_uid,
+        "chosen_scores": json.dumps(pair.chosen_scores, sort_keys=True, allow_nan=False),
+        "rejected_scores": json.dumps(pair.rejected_scores, sort_keys=True, allow_nan=False),
+        "margin": pair.margin,
+        "label_prob": pair.label_prob,
+        "strategy": pair.strategy,
+        "seeds": list(seeds),
+        "source": pair.source,
+    }
+
+
+def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
+    label_prob = row.get("label_prob")
+    if label_prob is None:
+        label_prob = 1.0
+    if not isinstance(label_prob, int | float) or not 0.5 <= label_prob <= 1:
+        return Dropped(where, "label_prob is not between 0.5 and 1")
+    margin = row.get("margin")
+    if not isinstance(margin, int | float | None):
+        return Dropped(where, "the margin is not a number")
+    try:
+        chosen_scores, rejected_scores = (_scores(row.get(f"{side}_scores")) for side in ("chosen", "rejected"))
+    except ValueError:
+        return Dropped(where, "the scores are not a JSON object of numbers")
+    source = str(row.get("source") or "")
+    pair = make_pair(where, row["prompt"], row["chosen"], row["rejected"], source=source, label_prob=float(label_prob))
+    if isinstance(pair, Dropped):
+        return pair
+    return replace(
+        pair,
+        chosen_uid=str(row.get("chosen_uid") or ""),
+        rejected_uid=str(row.get("rejected_uid") or ""),
+        chosen_scores=chosen_scores,
+        rejected_scores=rejected_scores,
+        margin=margin,
+        strategy=str(row.get("strategy") or ""),
+    )
+
+
+def _scores(text: Any) -> dict[str, float]:
+    """Read the scores of one image; raises ValueError."""
+    scores = json.loads(text) if isinstance(text, str) else text or {}
+    if not isinstance(scores, dict) or not all(isinstance(value, int | float) for value in scores.values()):
+        raise ValueError(text)
+    return scores
