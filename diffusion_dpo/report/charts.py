@@ -1,0 +1,178 @@
+"""The geometry of the report's charts: numbers in, coordinates in px out. The template draws them as inline SVG."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from diffusion_dpo.report import MetricResult
+from diffusion_dpo.report.words import number
+
+FOREST_WIDTH_PX, FOREST_HEIGHT_PX = 260, 28
+HISTOGRAM_WIDTH_PX, HISTOGRAM_HEIGHT_PX = 560, 210
+SCATTER_SIDE_PX = 260
+_PADDING_PX = 10
+_SCATTER_GRID_PX = 4
+_SCATTER_MARGIN_PX = 48.0
+
+
+class Tick(NamedTuple):
+    """A labelled position on an axis."""
+
+    at: float
+    label: str
+
+
+class Bar(NamedTuple):
+    """A bar of the histogram. `kind` is better, worse or same."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    kind: str
+    label: str
+
+
+class Whisker(NamedTuple):
+    """A mean with its interval, as x positions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Histogram(NamedTuple):
+    """Per-prompt differences in bins around zero, with the mean and its interval above."""
+
+    bars: list[Bar]
+    ticks: list[Tick]
+    zero: float
+    whisker: Whisker | None
+    base: float
+
+
+class Dot(NamedTuple):
+    """A prompt, or several at the same place, in the scatter plot."""
+
+    x: float
+    y: float
+    radius: float
+    kind: str
+    label: str
+
+
+class Scatter(NamedTuple):
+    """Per-prompt means before (x) and after (y), with the same scale on both axes."""
+
+    dots: list[Dot]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    low: float
+    high: float
+
+
+def forest(results: Sequence[MetricResult]) -> list[Whisker | None]:
+    """Return one whisker a metric on a shared axis, zero in the middle and better to the right.
+
+    Metrics have different units, so each is divided by the standard deviation of its per-prompt differences.
+    """
+    rows = [_standardised(result) for result in results]
+    limit = max([0.25, *(abs(value) for row in rows if row for value in row)])
+    scale = (FOREST_WIDTH_PX / 2 - _PADDING_PX) / limit
+    return [Whisker(*(FOREST_WIDTH_PX / 2 + scale * value for value in row)) if row else None for row in rows]
+
+
+def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) -> Histogram:
+    """Bin per-prompt differences (NaN left out); one bin is centred on zero, so that ties stand alone."""
+    known = per_prompt[np.isfinite(per_prompt)]
+    limit = float(np.abs(known).max(initial=0.0)) or 1.0
+    num_bins = 2 * min(12, max(4, round(math.sqrt(max(known.size, 1))))) + 1
+    edges = np.linspace(-limit, limit, num_bins + 1) * num_bins / (num_bins - 1)
+    counts, _ = np.histogram(known, edges)
+    left, right, top = _PADDING_PX, HISTOGRAM_WIDTH_PX - _PADDING_PX, 44
+    base = HISTOGRAM_HEIGHT_PX - 26
+
+    def place(value: float) -> float:
+        return left + (value - edges[0]) / (edges[-1] - edges[0]) * (right - left)
+
+    bars = []
+    for amount, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        height = (base - top) * amount / max(int(counts.max()), 1)
+        label = f"{amount} of {known.size} prompts: {number(low, places, signed=True)} to {number(high, places, signed=True)}"
+        bars.append(
+            Bar(
+                place(low) + 1,
+                base - height,
+                place(high) - place(low) - 2,
+                height,
+                _kind((low + high) / 2, result, limit / num_bins),
+                label,
+            )
+        )
+    ticks = [Tick(place(value), number(value, places, signed=True)) for value in _nice_ticks(-limit, limit)]
+    whisker = None
+    if result.mean_difference is not None and result.mean_difference_interval is not None:
+        whisker = Whisker(*(place(value) for value in (result.mean_difference, *result.mean_difference_interval)))
+    return Histogram([bar for bar in bars if bar.height], ticks, place(0.0), whisker, base)
+
+
+def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places: int | None) -> Scatter:
+    """Place every prompt with both means; prompts that fall on one spot become one larger dot."""
+    both = np.isfinite(before) & np.isfinite(after)
+    before, after = before[both], after[both]
+    low = float(min(before.min(initial=math.inf), after.min(initial=math.inf)))
+    high = float(max(before.max(initial=-math.inf), after.max(initial=-math.inf)))
+    if not low < high:
+        low, high = (low - 0.5, high + 0.5) if math.isfinite(low) else (0.0, 1.0)
+    start, end = _SCATTER_MARGIN_PX, SCATTER_SIDE_PX - _PADDING_PX
+
+    def place(value: float) -> float:
+        return start + (value - low) / (high - low) * (end - start - 4)
+
+    spots = Counter(
+        (_snap(place(x)), _snap(place(y)), _kind(y - x, result))
+        for x, y in zip(before.tolist(), after.tolist(), strict=True)
+    )
+    dots = [
+        Dot(
+            x,
+            SCATTER_SIDE_PX - y,
+            min(3 + 1.2 * math.sqrt(amount - 1), 9),
+            kind,
+            f"{amount} prompt{'s'[: amount != 1]}, {kind}",
+        )
+        for (x, y, kind), amount in sorted(spots.items(), key=lambda item: -item[1])
+    ]
+    ticks = [Tick(place(value), number(value, places)) for value in _nice_ticks(low, high, 4)]
+    return Scatter(dots, ticks, [Tick(SCATTER_SIDE_PX - tick.at, tick.label) for tick in ticks], start, end)
+
+
+def _standardised(result: MetricResult) -> tuple[float, float, float] | None:
+    """Mean, low and high in standard deviations, better to the right; None where there is no interval."""
+    if result.mean_difference is None or result.mean_difference_interval is None or result.difference_std is None:
+        return None
+    unit = result.difference_std or abs(result.mean_difference) or 1.0
+    sign = 1 if result.higher_is_better else -1
+    low, high = sorted(sign * bound / unit for bound in result.mean_difference_interval)
+    return sign * result.mean_difference / unit, low, high
+
+
+def _kind(difference: float, result: MetricResult, tolerance: float = 0.0) -> str:
+    if abs(difference) <= tolerance:
+        return "same"
+    return "better" if (difference > 0) == result.higher_is_better else "worse"
+
+
+def _snap(position: float) -> float:
+    return round(position / _SCATTER_GRID_PX) * _SCATTER_GRID_PX
+
+
+def _nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Return round numbers within [low, high]."""
+    raw = (high - low) / about
+    magnitude = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw)
+    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,0 +1,137 @@
+"""report.html: one file, offline, nothing in it from outside; every text of the user's is escaped, every script is ours."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from diffusion_dpo.files import atomic_path, write_json
+from diffusion_dpo.report import Gallery, MetricResult, MetricScores, Report, charts, words
+from diffusion_dpo.report.gallery import SMALL_PX, Wall, choose_pairs, embed
+from diffusion_dpo.report.statistics import pair_differences, prompt_means
+
+
+def write_report(folder: Path, report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> Path:
+    """Write report.json and report.html into a folder; return the path of the page.
+
+    `scores` are what `report.metrics` summarise, in the same order.
+    """
+    assert [metric.name for metric in scores] == [result.name for result in report.metrics]
+    write_json(folder / "report.json", report.model_dump(mode="json"))
+    page = render(report, scores, gallery)
+    with atomic_path(folder / "report.html") as partial:
+        partial.write_text(page, encoding="utf-8")
+    return folder / "report.html"
+
+
+def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> str:
+    """Return the page. It depends on its arguments alone, so the same comparison gives the same bytes."""
+    pairs = choose_pairs(scores, (len(gallery.prompts), report.seeds_per_prompt))
+    images = gallery.read(pairs)
+    wall = embed([(pair, images[pair]) for pair in pairs])
+    style, script = _asset("report.css"), _asset("report.js")
+    zipped = list(zip(scores, report.metrics, strict=True))
+    environment = Environment(
+        loader=PackageLoader("diffusion_dpo.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"clean": words.clean, "percent": words.percent}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        headline=words.headline(report),
+        others=[result for result in report.metrics if result is not words.headline(report) and not result.auxiliary],
+        rows=sorted(
+            zip(report.metrics, charts.forest(report.metrics), strict=True), key=lambda row: words.rank(row[0])
+        ),
+        panels=[_panel(metric, result) for metric, result in sorted(zipped, key=lambda pair: words.rank(pair[1]))],
+        cards=[_card(number, shown.pair, gallery) | {"images": shown} for number, shown in enumerate(wall.shown)],
+        wall=wall,
+        pixelated=max(wall.width_px, wall.height_px) <= SMALL_PX,
+        num_pairs=len(gallery.prompts) * report.seeds_per_prompt,
+        data=_data(scores, report.metrics, wall),
+        facts=list(_flatten(report.made_with)),
+        words=words,
+        charts=charts,
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    """The content security policy: our own style and script by their hash, images from data URIs, nothing else at all."""
+    rules = [
+        "default-src 'none'",
+        f"script-src '{_sha256(script)}'",
+        f"style-src '{_sha256(style)}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    return "; ".join(rules)
+
+
+def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
+    places = words.places_of(result)
+    differences = pair_differences(metric)
+    known = np.isfinite(differences)
+    before, after = (prompt_means(np.where(known, values, np.nan)) for values in (metric.before, metric.after))
+    return {
+        "result": result,
+        "histogram": charts.histogram(prompt_means(differences), result, places),
+        "scatter": charts.scatter(before, after, result, places),
+    }
+
+
+def _card(number: int, pair: tuple[int, int], gallery: Gallery) -> dict[str, Any]:
+    prompt, seed = pair
+    return {"number": number, "prompt": words.clean(gallery.prompts[prompt]), "seed": gallery.seeds[prompt][seed]}
+
+
+def _data(scores: Sequence[MetricScores], results: Sequence[MetricResult], wall: Wall) -> dict[str, Any]:
+    """What the page's script sorts by: for each metric its direction, its decimals, and [before, after] of each card."""
+    return {
+        "metrics": [
+            {
+                "name": result.name,
+                "higherIsBetter": result.higher_is_better,
+                "places": words.places_of(result),
+                "values": [
+                    [_finite(values[shown.pair]) for values in (metric.before, metric.after)] for shown in wall.shown
+                ],
+            }
+            for metric, result in zip(scores, results, strict=True)
+        ]
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _flatten(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested facts as (dotted name, text)."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield words.clean(f"{prefix}{name}"), words.clean(text)
+
+
+def _asset(name: str) -> str:
+    return resources.files("diffusion_dpo.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _sha256(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
