@@ -5,8 +5,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 _console = Console(highlight=False, soft_wrap=True)
@@ -16,6 +24,11 @@ _LINE_EVERY_SECONDS = 10
 def say(text: str) -> None:
     """Print a line of plain text (no markup is interpreted)."""
     _console.print(text, markup=False)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a table or another object of rich, as wide as the terminal."""
+    _console.print(renderable, soft_wrap=False)
 
 
 def warn(text: str) -> None:

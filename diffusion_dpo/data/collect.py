@@ -7,19 +7,23 @@ import hashlib
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import TypeVar
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
 
-_ROWS_AT_ONCE = 64
-_MAX_DECODERS = 8
+_ITEMS_AT_ONCE = 64
+_MAX_THREADS = 8
 _NAMES_SHOWN = 3
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def survey(source: PairSource) -> Collected:
     contradictory: set[tuple[str, ...]] = set()
     dropped: list[Dropped] = []
     with progress("checking pairs", source.num_rows(), "pairs") as advance:
-        for checked in _check_all(source):
+        for checked in in_order(_check, enumerate(source.read())):
             advance()
             if isinstance(checked, Dropped):
                 dropped.append(checked)
@@ -159,15 +163,16 @@ def _contradict(first: PairRecord, second: PairRecord) -> bool:
     return first.chosen_uid != second.chosen_uid and min(first.label_prob, second.label_prob) > 0.5
 
 
-def _check_all(source: PairSource) -> Iterator[PairRecord | Dropped]:
-    """Yield what `_check` says of every row, in order; decoding releases the GIL, so threads help."""
-    rows = enumerate(source.read())
-    with ThreadPoolExecutor(min(_MAX_DECODERS, os.cpu_count() or 1)) as pool:
-        while batch := list(islice(rows, _ROWS_AT_ONCE)):
-            yield from pool.map(_check, *zip(*batch, strict=True))
+def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Yield function(item) for every item, in order, a few at a time in threads: decoding images releases the GIL."""
+    rest = iter(items)
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
+        while batch := list(islice(rest, _ITEMS_AT_ONCE)):
+            yield from pool.map(function, batch)
 
 
-def _check(row: int, item: PreferencePair | Dropped) -> PairRecord | Dropped:
+def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropped:
+    row, item = numbered
     if isinstance(item, Dropped):
         return item
     where = item.where or item.pair_id
