@@ -56,14 +56,13 @@ class Judge:
         """
         _refuse_lacking(self.scorer, requests)
         keys = [_content(request) for request in requests]
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        unique = sorted(first.values())
-        scores = self._score_unique([requests[i] for i in unique], advance)
+        unique = dict(zip(keys, requests, strict=True))
+        scores = self._score_unique(list(unique.values()), advance)
         advance(len(requests) - len(unique))
-        place = {keys[i]: k for k, i in enumerate(unique)}
+        place = {key: i for i, key in enumerate(unique)}
         order = np.array([place[key] for key in keys], dtype=np.intp)
         values = {name: array[order] for name, array in scores.values.items()}
-        return Scores(values, tuple(scores.reasons[k] for k in order))
+        return Scores(values, tuple(scores.reasons[i] for i in order))
 
     def _score_unique(self, requests: Sequence[ScoreRequest], advance: Callable[[int], None]) -> Scores:
         parts: list[Scores] = []
@@ -139,8 +138,8 @@ def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:
         if lacking[need]:
             column = {"prompt": "a `prompt`", "reference": "`references`"}[need]
             raise ConfigError(
-                f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {len(requests)} images "
-                f"have none; add {column} to the data, or leave this scorer out"
+                f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {len(requests)} "
+                f"images have none; add {column} to the data, or leave this scorer out"
             )
 
 

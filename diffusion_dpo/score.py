@@ -1,0 +1,199 @@
+"""`score`: candidates -> scores. One shard a judge and portion of images; what was judged once is not judged again."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import progress, say, warn
+from diffusion_dpo.data.candidates import Candidate, Unit, find_units
+from diffusion_dpo.data.images import BrokenImage, decode_rgb
+from diffusion_dpo.data.scores import Verdict, facts_path, read_verdicts, shard_path, shards_of
+from diffusion_dpo.data.shards import SCORES, write_shard
+from diffusion_dpo.device import pick_device
+from diffusion_dpo.files import claim, finish, write_json
+from diffusion_dpo.scorers import Scorer, ScoreRequest
+from diffusion_dpo.scorers.judge import Judge, check_metrics, warn_if_constant
+from diffusion_dpo.settings import ScoreConfig
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+Verdicts = dict[str, Verdict]
+"""The verdicts on one image, by metric."""
+_BROKEN = "broken image: "
+
+
+def run(config: ScoreConfig) -> Path:
+    """Judge the images that were not judged yet; return the folder of the scores."""
+    check_metrics(config.scorers)
+    units = find_units(config.path)
+    beside = config.path if config.path.is_dir() else config.path.parent
+    folder = config.output_dir or beside
+    elsewhere = folder.resolve() != beside.resolve()
+    device = pick_device(config.device)
+    num_images = sum(unit.num_images for unit in units)
+    mains = [scorer.metrics[0].name for scorer in config.scorers]
+    say(f"score: {num_images} images of {config.path} by {', '.join(mains)} on {device.type}")
+    identity = {"path": str(config.path)}
+    lines = [f"{'metric':<24}{'mean':>10}{'min':>10}{'max':>10}{'missing':>9}"]
+    with claim(folder, "score", identity) if elsewhere else nullcontext():
+        for scorer in config.scorers:
+            lines += _summary(scorer, _Scoring(scorer, config, folder, device).run(units))
+        if elsewhere:
+            finish(folder, "score", identity, num_images=num_images)
+    hints = [f"path={config.path}"]
+    if elsewhere:
+        hints.append(f"scores_dir={folder}")
+    if len(mains) > 1:
+        hints.append(f"metric={mains[0]}")
+    say("\n".join([*lines, f"scores: {folder}", f"next: diffusion-dpo pair {' '.join(hints)}"]))
+    return folder
+
+
+@dataclass
+class _Scoring:
+    """One scorer on its way through all images."""
+
+    scorer: Scorer
+    config: ScoreConfig
+    folder: Path
+    device: "torch.device"
+    known: Verdicts = field(default_factory=dict)
+    """What was judged so far, by this run or an earlier one."""
+    judge: Judge | None = None
+    """There once something new has to be judged: a rerun loads no weights."""
+    fingerprint: str = ""
+
+    def run(self, units: Sequence[Unit]) -> list[Verdicts]:
+        """Write the shards that are missing or outdated; return the verdicts on every image, in order."""
+        label = self.scorer.metrics[0].name
+        self.fingerprint = self.scorer.fingerprint()
+        write_json(facts_path(self.folder, label), _facts(self.scorer, self.fingerprint))
+        shards = {path: _read_or_discard(path, self.fingerprint) for path in shards_of(self.folder, label)}
+        for shard in shards.values():
+            self.known.update(shard)
+        keys: list[str] = []
+        broken = 0
+        num_images = sum(unit.num_images for unit in units)
+        with progress(label, num_images, "images") as advance:
+            for unit in units:
+                path = shard_path(self.folder, label, unit.name)
+                unit_keys = [candidate.key for candidate in unit.read(images=False)]
+                if shards.get(path, {}).keys() == set(unit_keys):
+                    advance(len(unit_keys))
+                else:
+                    write_shard(path, list(self._rows(unit, advance)), SCORES)
+                keys += unit_keys
+                broken += sum(self.known[key][label].reason.startswith(_BROKEN) for key in unit_keys)
+                if broken > self.config.max_broken_share * num_images:
+                    raise ConfigError(
+                        f"{broken} of {num_images} images of {self.config.path} are broken, more than "
+                        f"max_broken_share={self.config.max_broken_share:g}; mend or remove them, or raise it"
+                    )
+        return [self.known[key] for key in keys]
+
+    def _rows(self, unit: Unit, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of a unit's shard, judging what is not known yet."""
+        candidates = unit.read()
+        while portion := list(islice(candidates, self.config.batch_size)):
+            new = {candidate.key: candidate for candidate in portion if candidate.key not in self.known}
+            if new:
+                self.known.update(self._verdicts(list(new.values())))
+            for candidate in portion:
+                for metric, verdict in self.known[candidate.key].items():
+                    yield {
+                        "uid": candidate.uid,
+                        "key": candidate.key,
+                        "metric": metric,
+                        "value": None if math.isnan(verdict.value) else verdict.value,
+                        "reason": verdict.reason,
+                        "fingerprint": self.fingerprint,
+                    }
+            advance(len(portion))
+
+    def _verdicts(self, candidates: Sequence[Candidate]) -> dict[str, Verdicts]:
+        """Judge images with different keys; what is broken is named and gets NaN with the reason."""
+        requests: dict[str, ScoreRequest] = {}
+        broken: dict[str, str] = {}
+        references: dict[bytes, Image.Image] = {}
+        for candidate in candidates:
+            try:
+                requests[candidate.key] = _request(candidate, references)
+            except BrokenImage as error:
+                broken[candidate.key] = f"{_BROKEN}{error}"
+                warn(f"skipped {candidate.where}: {error}")
+        if self.judge is None:
+            self.scorer.load(self.device)
+            self.judge = Judge(self.scorer, batch_size=self.config.batch_size)
+        scores = self.judge.score(list(requests.values()))
+        found: dict[str, Verdicts] = {key: {} for key in (*requests, *broken)}
+        for name, values in scores.values.items():
+            for key, value, reason in zip(requests, values, scores.reasons, strict=True):
+                found[key][name] = Verdict(float(value), reason)
+            for key, reason in broken.items():
+                found[key][name] = Verdict(math.nan, reason)
+        return found
+
+
+def _read_or_discard(path: Path, fingerprint: str) -> dict[str, Verdicts]:
+    """Return what a shard knows; a damaged one knows nothing, and is written again."""
+    try:
+        return read_verdicts(path, fingerprint)
+    except ConfigError as error:
+        warn(f"making these scores again: {error}")
+        return {}
+
+
+def _request(candidate: Candidate, references: "dict[bytes, Image.Image]") -> ScoreRequest:
+    """Decode an image and its references, each of these once; raises BrokenImage."""
+    if candidate.broken:
+        raise BrokenImage(candidate.broken)
+    image = decode_rgb(candidate.data)
+    for data in candidate.references:
+        if data not in references:
+            try:
+                references[data] = decode_rgb(data)
+            except BrokenImage as error:
+                raise BrokenImage(f"its reference is broken: {error}") from None
+    return ScoreRequest(image, candidate.prompt, tuple(references[data] for data in candidate.references))
+
+
+def _facts(scorer: Scorer, fingerprint: str) -> dict[str, Any]:
+    """What `pair` and `compare` need to know of the numbers; an infinite bound becomes null."""
+    return {
+        "scorer": scorer.metrics[0].name,
+        "settings": scorer.model_dump(mode="json"),
+        "licence": scorer.licence,
+        "fingerprint": fingerprint,
+        "metrics": [
+            {
+                "name": metric.name,
+                "higher_is_better": metric.higher_is_better,
+                "range": [bound if math.isfinite(bound) else None for bound in metric.range],
+                "auxiliary": metric.auxiliary,
+            }
+            for metric in scorer.metrics
+        ],
+    }
+
+
+def _summary(scorer: Scorer, verdicts: Sequence[Verdicts]) -> list[str]:
+    """One line a metric, and one for every reason why values are missing."""
+    lines = []
+    values = {m.name: np.array([found[m.name].value for found in verdicts]) for m in scorer.metrics}
+    warn_if_constant(scorer.metrics, values)
+    for name, array in values.items():
+        there = array[np.isfinite(array)]
+        numbers = [there.mean(), there.min(), there.max()] if len(there) else [math.nan] * 3
+        lines.append(f"{name:<24}" + "".join(f"{x:>10.4f}" for x in numbers) + f"{len(array) - len(there):>9}")
+    reasons = Counter(v.reason for found in verdicts for v in [found[scorer.metrics[0].name]] if math.isnan(v.value))
+    return lines + [f"  {count} missing: {reason}" for reason, count in reasons.most_common()]

@@ -1,0 +1,114 @@
+"""Where the files of a CLIP are: in the package, in a folder, on the hub, behind an open_clip tag; or who has them."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+from diffusion_dpo.config import ConfigError
+
+POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "clip"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+_CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
+_MODEL_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".txt", ".model")
+
+
+def is_self_contained(model: str) -> bool:
+    """Whether `model` brings its weights: the pocket CLIP, a folder, a hub id; not the name of an architecture."""
+    return model == "pocket" or model.startswith((LOCAL, HUB))
+
+
+def open_clip_name(model: str) -> str:
+    """Return `model` as open_clip knows it."""
+    return f"{LOCAL}{POCKET_DIR}" if model == "pocket" else model
+
+
+def locate(model: str, pretrained: str | None) -> list[Path]:
+    """Return the files that hold the model, downloading those of a hub id or a tag if need be.
+
+    Raises ConfigError, saying which file is missing, where to get it and where to put it.
+    """
+    if model == "pocket":
+        if not (POCKET_DIR / _WEIGHTS).is_file():
+            raise ConfigError(
+                f"scorer clip: this installation lacks {POCKET_DIR / _WEIGHTS}; install the package again, or make "
+                "the file with scripts/train_pocket.py"
+            )
+        return _files_in(POCKET_DIR)
+    if model.startswith(LOCAL):
+        return _local_files(Path(model.removeprefix(LOCAL)))
+    if model.startswith(HUB):
+        return [_hub_file(model.removeprefix(HUB))]
+    assert pretrained is not None, "an architecture name comes with pretrained"
+    return [_pretrained_file(model, pretrained)]
+
+
+def content_hash(files: list[Path]) -> str:
+    """Return a hash of names and bytes, the same wherever and whenever the files were written."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(
+        file for file in folder.iterdir() if file.suffix in _MODEL_SUFFIXES and not file.name.startswith(".")
+    )
+
+
+def _local_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"scorer clip: there is no folder {folder}; model={LOCAL}... needs one with {_CONFIG}")
+    files = _files_in(folder)
+    if not any(file.name == _CONFIG for file in files):
+        raise ConfigError(
+            f"scorer clip: {folder} lacks {_CONFIG}; download it with the weights from a model page that lists the "
+            "library OpenCLIP on https://huggingface.co into that folder"
+        )
+    if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
+        raise ConfigError(
+            f"scorer clip: {folder} has {_CONFIG} but no weights; download {_WEIGHTS} from the same model page into "
+            "that folder"
+        )
+    return files
+
+
+def _hub_file(repository: str) -> Path:
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    try:
+        return Path(download_pretrained_from_hf(repository))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"scorer clip: cannot download {HUB}{repository}; get {_CONFIG}, the tokenizer's files and {_WEIGHTS} "
+            f"from https://huggingface.co/{repository} into a folder and set model to {LOCAL}<that folder>"
+        ) from error
+
+
+def _pretrained_file(architecture: str, pretrained: str) -> Path:
+    """Return the weights of an architecture: the file that `pretrained` names, or its tag's."""
+    import open_clip
+    from open_clip.pretrained import download_pretrained
+
+    known = open_clip.list_models()
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=1, cutoff=0.0)
+        raise ConfigError(f"scorer clip: open_clip has no architecture {architecture!r}. Did you mean {near[0]!r}?")
+    if Path(pretrained).is_file():
+        return Path(pretrained)
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained)
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise ConfigError(
+            f"scorer clip: pretrained={pretrained} is neither a file nor a tag of {architecture} (its tags: {tags})"
+        )
+    try:
+        return Path(download_pretrained(tag))
+    except (OSError, RuntimeError, ValueError) as error:
+        page = f"https://huggingface.co/{tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url")
+        raise ConfigError(
+            f"scorer clip: cannot download the weights {pretrained} of {architecture}; get them from {page} and set "
+            "pretrained to the file"
+        ) from error
