@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from diffusion_dpo import registry
@@ -28,6 +28,11 @@ class Config(BaseModel):
     """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_types(cls, data: Any) -> Any:
+        return _name_types(cls, data) if isinstance(data, dict) else data
 
 
 class Plugin(Config):
@@ -47,7 +52,8 @@ C = TypeVar("C", bound=Config)
 def plugin(table: str) -> Any:
     """Return the annotation of a field that holds one plug-in of a registry table.
 
-    The value may be a block with `type`, or the bare name of the type where the defaults will do.
+    The value may be a block with `type`, a block without it (then of the field's default type), or the bare name of a
+    type where its defaults will do.
     """
     return Annotated[SerializeAsAny[Plugin], BeforeValidator(functools.partial(_build_plugin, table)), _Table(table)]
 
@@ -65,7 +71,7 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
     An override of `x.type` replaces the whole block x, whatever the order of the overrides, since the numbers of the
     old block had other units. Raises ConfigError with one line per problem.
     """
-    data = _read_yaml(Path(path)) if path is not None else {}
+    data = _name_types(cls, _read_yaml(Path(path))) if path is not None else {}
     parsed = [_split_override(text) for text in overrides]
     for keys, value in parsed:
         if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) != value:
@@ -80,7 +86,7 @@ def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        lines = list(_explain(cls, error))
+        lines = [str(problem) for problem in _explain(cls, error)]
         raise ConfigError("\n".join([f"{len(lines)} problem{'s'[: len(lines) != 1]} in {where}:", *lines])) from None
 
 
@@ -200,6 +206,16 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
+def _name_types(cls: type[Config], data: dict[str, Any]) -> dict[str, Any]:
+    """Give the blocks of plug-ins that do not name their type the type that is the field's default."""
+    named = dict(data)
+    for name, field in cls.model_fields.items():
+        block = data.get(name)
+        if isinstance(block, dict) and "type" not in block and isinstance(field.default, str) and _table_of(field):
+            named[name] = {"type": field.default, **block}
+    return named
+
+
 def _build_plugin(table: str, value: Any) -> Plugin:
     if isinstance(value, Plugin):
         return value
@@ -216,33 +232,51 @@ def _build_plugin(table: str, value: Any) -> Plugin:
     try:
         return cls.model_validate(block)
     except ValidationError as error:
-        raise PydanticCustomError("plugin", "{lines}", {"lines": list(_explain(cls, error))}) from None
+        raise PydanticCustomError("plugin", "{problems}", {"problems": list(_explain(cls, error))}) from None
 
 
 # --- explaining ------------------------------------------------------------------------------------------------------
 
 
-def _explain(cls: type[Config], error: ValidationError) -> Iterator[str]:
-    """Yield `dotted.key: what is wrong` for every problem, with the nearest right key where there is one."""
+class _Problem(typing.NamedTuple):
+    """What is wrong with one setting, and the key that was probably meant; dotted keys, "" for the block itself."""
+
+    key: str
+    text: str
+    meant: str | None = None
+
+    def within(self, block: str) -> "_Problem":
+        """Return the same problem as seen from outside a block."""
+        key = f"{block}.{self.key}" if self.key else block
+        return _Problem(key, self.text, self.meant and f"{block}.{self.meant}")
+
+    def __str__(self) -> str:
+        text = f"{self.key}: {self.text}" if self.key else self.text
+        return f"{text}. Did you mean {self.meant}?" if self.meant else text
+
+
+def _explain(cls: type[Config], error: ValidationError) -> Iterator[_Problem]:
+    """Yield every problem, with the nearest right key where there is one."""
     for problem in error.errors():
         path = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
         key = ".".join(path)
         if problem["type"] == "plugin":
-            yield from (f"{key}.{line}" for line in problem["ctx"]["lines"])
+            yield from (inner.within(key) for inner in problem["ctx"]["problems"])
         elif problem["type"] == "extra_forbidden":
-            yield f"{key}: there is no such setting.{_suggest(cls, path)}"
+            yield _unknown_key(cls, path)
         elif problem["type"] == "missing":
-            yield f"{key}: is required"
+            yield _Problem(key, "is required")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(problem["input"], dict | Config) else f" (got {problem['input']!r})"
-            yield f"{key}: {message}{shown}" if key else message
+            yield _Problem(key, message + shown)
 
 
-def _suggest(cls: type[Config], path: list[str]) -> str:
+def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
+    key, text = ".".join(path), "there is no such setting"
     if "." in path[-1]:
         block, _, leaf = path[-1].partition(".")
-        return f" In YAML, blocks are nested: `{block}: {{{leaf}: ...}}`"
+        return _Problem(key, f"{text}; in YAML, blocks are nested: `{block}: {{{leaf}: ...}}`")
     found: type[Config] | None = cls
     for part in path[:-1]:
         field = found.model_fields.get(part) if found else None
@@ -250,10 +284,10 @@ def _suggest(cls: type[Config], path: list[str]) -> str:
     siblings = list(found.model_fields) if found else []
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
-        return f" Did you mean {'.'.join([*path[:-1], near[0]])}?"
-    everywhere = {setting.key: setting.key.rpartition(".")[2] for setting in settings(cls)}
-    same = [re.sub(r"\[\w+\]", "", key) for key, leaf in everywhere.items() if leaf == path[-1] and key != path[-1]]
-    return f" Did you mean {same[0]}?" if same else f" Known here: {', '.join(siblings)}"
+        return _Problem(key, text, ".".join([*path[:-1], near[0]]))
+    everywhere = [re.sub(r"\[\w+\]", "", setting.key) for setting in settings(cls)]
+    same = [other for other in everywhere if other.rpartition(".")[2] == path[-1] and other != key]
+    return _Problem(key, text, same[0]) if same else _Problem(key, f"{text}; known here: {', '.join(siblings)}")
 
 
 def _config_in(annotation: Any) -> type[Config] | None:

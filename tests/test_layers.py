@@ -16,7 +16,7 @@ LAYERS = [
     {"registry", "interrupt"},
     {"config", "settings", "files", "console", "pocket", "device"},
     {"losses", "data", "models", "scorers", "checkpoint", "tracking"},
-    {"sampling", "report"},
+    {"sampling", "report", "errors", "card"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor"},
     {"demo"},  # the verbs, one after the other
     {"cli", "cli_help", "__main__"},

@@ -1,0 +1,34 @@
+"""Every shipped config loads, is short, and opens with its command, its cost and what to expect."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_dpo.config import dump, load
+from diffusion_dpo.settings import VERBS
+
+ROOT = Path(__file__).parent.parent
+PATHS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def test_there_are_configs_for_every_verb_that_takes_a_file() -> None:
+    assert {path.parent.name for path in PATHS} == set(VERBS) - {"inspect"}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    cls = VERBS[path.parent.name]
+    config = load(cls, path)
+    complete = tmp_path / "config.yaml"
+    complete.write_text(dump(config))
+    assert load(cls, complete) == config
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_config_is_short_and_has_a_header(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) < 30
+    assert lines[0].startswith(f"# diffusion-dpo {path.parent.name} {path.relative_to(ROOT).as_posix()}")
+    assert any(line.startswith("# Cost: ") for line in lines)
+    assert any(line.startswith("# Expect: ") for line in lines)
+    assert max(map(len, lines)) <= 119
