@@ -17,8 +17,8 @@ Interval = tuple[float, float]
 class MetricScores:
     """One metric's raw values for both models, of shape (num_prompts, seeds); NaN where an image has no score.
 
-    Element [p, s] of `before` and `after` comes from the same prompt, seed and noise. An `auxiliary` metric informs and
-    is never the headline.
+    Element [p, s] of `before` and `after` comes from the same prompt, seed and noise. An `auxiliary` metric informs,
+    and heads the report only where there is no other.
     """
 
     name: str

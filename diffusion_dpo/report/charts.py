@@ -101,7 +101,9 @@ def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) 
     bars = []
     for amount, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
         height = (base - top) * amount / max(int(counts.max()), 1)
-        label = f"{amount} of {known.size} prompts: {number(low, places, signed=True)} to {number(high, places, signed=True)}"
+        label = f"{amount} of {known.size} prompts: " + " to ".join(
+            number(x, places, signed=True) for x in (low, high)
+        )
         bars.append(
             Bar(
                 place(low) + 1,

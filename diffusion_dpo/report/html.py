@@ -1,4 +1,4 @@
-"""report.html: one file, offline, nothing in it from outside; every text of the user's is escaped, every script is ours."""
+"""report.html: one file, offline, nothing in it from outside; the user's text is escaped, the only script is ours."""
 
 import base64
 import hashlib
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from diffusion_dpo.files import atomic_path, write_json
@@ -19,15 +19,17 @@ from diffusion_dpo.report.statistics import pair_differences, prompt_means
 
 
 def write_report(folder: Path, report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> Path:
-    """Write report.json and report.html into a folder; return the path of the page.
+    """Write report.json, prompts.jsonl and report.html into a folder; return the path of the page.
 
-    `scores` are what `report.metrics` summarise, in the same order.
+    `scores` are what `report.metrics` summarise, in the same order. prompts.jsonl has one prompt a line, with every
+    metric's mean before and after and their difference over its seeds; null where nothing could be scored.
     """
     assert [metric.name for metric in scores] == [result.name for result in report.metrics]
     write_json(folder / "report.json", report.model_dump(mode="json"))
-    page = render(report, scores, gallery)
-    with atomic_path(folder / "report.html") as partial:
-        partial.write_text(page, encoding="utf-8")
+    texts = {"prompts.jsonl": "".join(_prompt_lines(scores, gallery)), "report.html": render(report, scores, gallery)}
+    for name, text in texts.items():
+        with atomic_path(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
     return folder / "report.html"
 
 
@@ -39,14 +41,13 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> 
     style, script = _asset("report.css"), _asset("report.js")
     zipped = list(zip(scores, report.metrics, strict=True))
     environment = Environment(
-        loader=PackageLoader("diffusion_dpo.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"clean": words.clean, "percent": words.percent}
-    return environment.get_template("report.html.j2").render(
+    return environment.from_string(_asset("report.html.j2")).render(
         report=report,
         headline=words.headline(report),
         others=[result for result in report.metrics if result is not words.headline(report) and not result.auxiliary],
@@ -68,8 +69,26 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> 
     )
 
 
+def _prompt_lines(scores: Sequence[MetricScores], gallery: Gallery) -> Iterator[str]:
+    means = {metric.name: _paired_means(metric) for metric in scores}
+    for i, (prompt, seeds) in enumerate(zip(gallery.prompts, gallery.seeds, strict=True)):
+        metrics = {
+            name: {"before": _finite(before[i]), "after": _finite(after[i]), "difference": _finite(difference[i])}
+            for name, (before, after, difference) in means.items()
+        }
+        yield json.dumps({"prompt": prompt, "seeds": list(seeds), "metrics": metrics}) + "\n"
+
+
+def _paired_means(metric: MetricScores) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each prompt's mean before, after, and of the difference, over the pairs of which both images are scored."""
+    differences = pair_differences(metric)
+    known = np.isfinite(differences)
+    before, after = (prompt_means(np.where(known, values, np.nan)) for values in (metric.before, metric.after))
+    return before, after, prompt_means(differences)
+
+
 def _policy(style: str, script: str) -> str:
-    """The content security policy: our own style and script by their hash, images from data URIs, nothing else at all."""
+    """The content security policy: our own style and script by their hash, images from data URIs, nothing else."""
     rules = [
         "default-src 'none'",
         f"script-src '{_sha256(script)}'",
@@ -83,12 +102,10 @@ def _policy(style: str, script: str) -> str:
 
 def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
     places = words.places_of(result)
-    differences = pair_differences(metric)
-    known = np.isfinite(differences)
-    before, after = (prompt_means(np.where(known, values, np.nan)) for values in (metric.before, metric.after))
+    before, after, differences = _paired_means(metric)
     return {
         "result": result,
-        "histogram": charts.histogram(prompt_means(differences), result, places),
+        "histogram": charts.histogram(differences, result, places),
         "scatter": charts.scatter(before, after, result, places),
     }
 
@@ -99,7 +116,7 @@ def _card(number: int, pair: tuple[int, int], gallery: Gallery) -> dict[str, Any
 
 
 def _data(scores: Sequence[MetricScores], results: Sequence[MetricResult], wall: Wall) -> dict[str, Any]:
-    """What the page's script sorts by: for each metric its direction, its decimals, and [before, after] of each card."""
+    """What the page's script sorts by: each metric's direction and decimals, and its [before, after] of each card."""
     return {
         "metrics": [
             {

@@ -1,9 +1,9 @@
 """Paired statistics with the prompt as the unit: images of one prompt resemble each other, prompts are independent.
 
-Both intervals cover 95 %. The mean difference gets a percentile bootstrap over prompts. The win rate gets Wilson's score
-interval (J. Am. Stat. Assoc. 22, 1927) at the *effective* number of prompts, num_prompts times binomial variance over
-observed variance, as surveys do for clustered answers (Franco et al., J. Surv. Stat. Methodol. 7, 2019). With one seed
-per prompt and no ties that is Wilson's interval itself; unlike a bootstrap it stays honest when every pair is won.
+Both intervals cover 95 %. The mean difference gets a percentile bootstrap over prompts. The win rate gets Wilson's
+score interval (J. Am. Stat. Assoc. 22, 1927) at the *effective* number of prompts, num_prompts times binomial variance
+over observed variance, as surveys do for clustered answers (Franco et al., J. Surv. Stat. Methodol. 7, 2019). With one
+seed per prompt and no ties that is Wilson's interval itself; unlike a bootstrap it stays honest when every pair is won.
 """
 
 import math
@@ -69,7 +69,7 @@ def prompt_means(values: np.ndarray) -> np.ndarray:
 def mean_interval(per_prompt: np.ndarray, *, num_resamples: int = NUM_RESAMPLES) -> Interval | None:
     """Return the 95 % bootstrap interval of the mean of per-prompt values, None with fewer than two.
 
-    The data are resampled with the sign of their first nonzero value, so that negating them negates the interval exactly.
+    The data are resampled with the sign of their first nonzero value, so negating them negates the interval exactly.
     """
     if per_prompt.size < 2:
         return None
@@ -90,7 +90,7 @@ def mean_interval(per_prompt: np.ndarray, *, num_resamples: int = NUM_RESAMPLES)
 
 
 def win_rate_interval(outcomes: np.ndarray) -> Interval | None:
-    """Return the 95 % interval of the win rate from outcomes (num_prompts, seeds): 1 won, 0 tied, -1 lost, NaN missing.
+    """Return the 95 % interval of the win rate; `outcomes` (num_prompts, seeds): 1 won, 0 tied, -1 lost, NaN missing.
 
     The variance is the larger of that between prompts and what independent pairs would give, so that seeds never count
     for more than they can know.
@@ -111,7 +111,9 @@ def win_rate_interval(outcomes: np.ndarray) -> Interval | None:
     shrink = 1 + z**2 / effective
     half = z * math.sqrt((1 - advantage**2) / (4 * effective) + z**2 / (4 * effective**2)) / shrink
     middle = advantage / 2 / shrink
-    return max(0.0, 0.5 + (middle - half)), min(1.0, 0.5 + (middle + half))
+    low = 0.0 if advantage == -1 else 0.5 + (middle - half)
+    high = 1.0 if advantage == 1 else 0.5 + (middle + half)
+    return low, high
 
 
 def _known(values: np.ndarray) -> np.ndarray:
