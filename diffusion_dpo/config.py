@@ -92,7 +92,7 @@ def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
 
 def dump(config: Config) -> str:
     """Return the complete settings as YAML that `load` reads back into an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=119)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
 
 
 class Setting(typing.NamedTuple):
@@ -159,6 +159,12 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _name, (_pattern, _first) in _SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that _Loader would take for something else."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
