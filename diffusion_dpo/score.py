@@ -67,7 +67,7 @@ class _Scoring:
     config: ScoreConfig
     folder: Path
     device: "torch.device"
-    known: Verdicts = field(default_factory=dict)
+    known: dict[str, Verdicts] = field(default_factory=dict)
     """What was judged so far, by this run or an earlier one."""
     judge: Judge | None = None
     """There once something new has to be judged: a rerun loads no weights."""

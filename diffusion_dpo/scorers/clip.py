@@ -18,6 +18,7 @@ from diffusion_dpo.scorers.clip_weights import content_hash, is_self_contained, 
 
 if TYPE_CHECKING:
     import torch
+    from open_clip import CLIP, CustomTextCLIP
     from PIL import Image
     from torch import Tensor
 
@@ -114,7 +115,7 @@ class Clip(Scorer):
 class _LiveClip:
     """A loaded model. Embeddings are float32 of length 1, shape (B, D)."""
 
-    model: "torch.nn.Module"
+    model: "CLIP | CustomTextCLIP"
     preprocess: "Callable[[Image.Image], Tensor]"
     tokenizer: "Callable[..., Tensor]"
     device: "torch.device"

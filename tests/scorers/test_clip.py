@@ -1,0 +1,158 @@
+"""CLIP through the real open_clip, with a tiny model in a folder."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.scorers import ScoreRequest
+from diffusion_dpo.scorers.clip import Clip
+from diffusion_dpo.scorers.judge import judge
+
+CPU = torch.device("cpu")
+
+
+def _clip(folder: Path, **settings: str) -> Clip:
+    return Clip(type="clip", model=f"local-dir:{folder}", **settings)
+
+
+def _loaded(folder: Path, **settings: str) -> Clip:
+    scorer = _clip(folder, **settings)
+    scorer.load(CPU)
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8)) for _ in range(4)]
+
+
+def test_equals_open_clip_by_hand(clip_dir: Path, images: list[Image.Image]) -> None:
+    import open_clip
+
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{clip_dir}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{clip_dir}")(["red", "blue"])
+    with torch.no_grad():
+        pixels = model.eval().encode_image(torch.stack([preprocess(image) for image in images[:2]])).double()
+        words = model.encode_text(tokens).double()
+    expected = torch.cosine_similarity(pixels, words, dim=1).numpy()
+    requests = [ScoreRequest(images[0], "red"), ScoreRequest(images[1], "blue")]
+    values = judge(_loaded(clip_dir), requests, batch_size=2).values["clip_text"]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_an_image_is_most_like_itself(clip_dir: Path, images: list[Image.Image]) -> None:
+    scorer = _loaded(clip_dir, mode="image")
+    values = judge(scorer, [ScoreRequest(image, references=(images[0],)) for image in images], batch_size=4).values
+    assert values["clip_image"].argmax() == 0
+    assert values["clip_image"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_several_references_are_averaged(clip_dir: Path, images: list[Image.Image]) -> None:
+    scorer = _loaded(clip_dir, mode="image")
+    references = [(images[1],), (images[2],), (images[1], images[2])]
+    values = judge(scorer, [ScoreRequest(images[0], references=r) for r in references], batch_size=4).values
+    first, second, both = values["clip_image"]
+    assert both == pytest.approx((first + second) / 2, abs=1e-6)
+
+
+def test_a_long_prompt_keeps_its_end_token(
+    clip_dir: Path, images: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = _loaded(clip_dir)
+    prompts = ["abc" * 10, "xyz" * 10]
+    values = judge(scorer, [ScoreRequest(images[0], prompt) for prompt in prompts], batch_size=2).values["clip_text"]
+    assert values[0] != pytest.approx(values[1], abs=1e-4), "without its end token every prompt is the same"
+    assert "2 of 2 prompts are longer than CLIP's 12 tokens" in capsys.readouterr().out
+    judge(scorer, [ScoreRequest(images[0], "short")], batch_size=1)
+    assert "longer" not in capsys.readouterr().out
+
+
+def test_a_prompt_is_encoded_once(clip_dir: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = _loaded(clip_dir)
+    assert scorer._live is not None
+    encoded: list[int] = []
+    encode_text = scorer._live.model.encode_text
+
+    def counted(tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
+        encoded.append(len(tokens))
+        return encode_text(tokens, normalize=normalize)
+
+    monkeypatch.setattr(scorer._live.model, "encode_text", counted)
+    judge(scorer, [ScoreRequest(image, "red") for image in images], batch_size=2)
+    assert encoded == [1]
+
+
+def test_the_model_is_frozen_and_in_eval_mode(clip_dir: Path) -> None:
+    live = _loaded(clip_dir)._live
+    assert live is not None
+    assert not any(module.training for module in live.model.modules())
+    assert not any(parameter.requires_grad for parameter in live.model.parameters())
+
+
+def test_two_clips_side_by_side(clip_dir: Path) -> None:
+    assert _clip(clip_dir, name="l14").metrics[0].name == "clip_text_l14"
+    assert _clip(clip_dir, name="l14", mode="image").metrics[0].name == "clip_image_l14"
+
+
+def test_the_fingerprint_is_that_of_the_content(clip_dir: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(clip_dir, copy)
+    before = _clip(clip_dir).fingerprint()
+    assert _clip(copy).fingerprint() == before
+    assert _clip(copy, mode="image").fingerprint() != before
+    config = copy / "open_clip_config.json"
+    config.write_text(config.read_text().replace("bicubic", "bilinear"))
+    assert _clip(copy).fingerprint() != before
+    shutil.copy(clip_dir / config.name, config)
+    weights = copy / "open_clip_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert _clip(copy).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"model": "ViT-B-32"}, "architecture without weights"),
+        ({"model": "pocket", "pretrained": "openai"}, "brings its own weights"),
+        ({"model": "hf-hub:org/name", "pretrained": "openai"}, "brings its own weights"),
+        ({"name": "L/14"}, "name"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Clip(type="clip", **settings)
+
+
+def test_missing_files_are_named(clip_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no folder .*nowhere"):
+        _clip(tmp_path / "nowhere").load(CPU)
+    with pytest.raises(ConfigError, match=r"lacks open_clip_config\.json"):
+        _clip(tmp_path).load(CPU)
+    shutil.copy(clip_dir / "open_clip_config.json", tmp_path)
+    for act in (lambda: _clip(tmp_path).load(CPU), _clip(tmp_path).fingerprint):
+        with pytest.raises(ConfigError, match=r"no weights; download open_clip_model\.safetensors"):
+            act()
+
+
+def test_damaged_weights_are_refused(clip_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_dir, folder)
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match="cannot load"):
+        _clip(folder).load(CPU)
+
+
+def test_unknown_architecture_tag_or_file() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'ViT-B-32'"):
+        Clip(type="clip", model="ViT-B32", pretrained="openai").fingerprint()
+    with pytest.raises(ConfigError, match=r"neither a file nor a tag of ViT-B-32 .*openai"):
+        Clip(type="clip", model="ViT-B-32", pretrained="nonsense").fingerprint()

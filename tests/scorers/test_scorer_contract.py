@@ -1,0 +1,124 @@
+"""What every registered scorer promises, whatever it measures."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.pocket.world import distinct_scenes, render
+from diffusion_dpo.registry import TABLES, resolve
+from diffusion_dpo.scorers import Scorer, ScoreRequest
+from diffusion_dpo.scorers.judge import Judge, check_metrics, judge
+
+VARIANTS = [(name, {}) for name in TABLES["scorers"] if name != "clip"] + [
+    ("clip", {"mode": "text"}),
+    ("clip", {"mode": "image"}),
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *variant[1].values()]))
+def scorer(request: pytest.FixtureRequest, clip_dir: Path) -> Scorer:
+    name, settings = request.param
+    if name == "clip":
+        settings = settings | {"model": f"local-dir:{clip_dir}"}
+    scorer = resolve("scorers", name)(type=name, **settings)
+    scorer.load(torch.device("cpu"))
+    return scorer
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[ScoreRequest]:
+    """Eight scenes, each judged by its own caption or that of the next one, against one or two references."""
+    rng = np.random.default_rng(0)
+    scenes = [scene for scene, _ in zip(distinct_scenes(0), range(8), strict=False)]
+    images = [render(scene, rng) for scene in scenes]
+    return [
+        ScoreRequest(image, scenes[(i + i % 2) % 8].caption, tuple(images[: 1 + i % 2]))
+        for i, image in enumerate(images)
+    ]
+
+
+def test_gives_every_metric_one_float_per_image(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    for count in (1, 8):
+        raw = scorer.score(requests[:count])
+        scores = judge(scorer, requests[:count], batch_size=8)
+        assert list(scores.values) == [metric.name for metric in scorer.metrics]
+        for name, values in scores.values.items():
+            assert raw.values[name].shape == (count,)
+            assert np.issubdtype(raw.values[name].dtype, np.floating)
+            assert values.dtype == np.float64
+        assert len(scores.reasons) == count
+
+
+def test_does_not_look_at_the_rest_of_the_batch(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    whole = scorer.score(requests)
+    order = np.random.default_rng(1).permutation(len(requests))
+    permuted = scorer.score([requests[i] for i in order])
+    for name, values in whole.values.items():
+        alone = np.concatenate([scorer.score([request]).values[name] for request in requests])
+        np.testing.assert_allclose(alone, values, atol=1e-5)
+        np.testing.assert_allclose(permuted.values[name], values[order], atol=1e-5)
+        assert np.ptp(values) > 0, "a judge that says the same of every image passes every test"
+
+
+def test_says_the_same_twice(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    first, second = scorer.score(requests), scorer.score(requests)
+    for name, values in first.values.items():
+        np.testing.assert_array_equal(values, second.values[name])
+    assert scorer.fingerprint() == scorer.fingerprint()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 97), (200, 41)])
+def test_takes_rgb_of_any_size(scorer: Scorer, requests: list[ScoreRequest], size: tuple[int, int]) -> None:
+    image = requests[0].image.resize(size)
+    gray = image.convert("L").convert("RGB")
+    scores = judge(scorer, [ScoreRequest(i, requests[0].prompt, (image,)) for i in (image, gray)], batch_size=2)
+    assert np.isfinite(scores.values[scorer.metrics[0].name]).all()
+
+
+def test_refuses_what_it_lacks(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    bare = [requests[0], ScoreRequest(requests[1].image)]
+    if scorer.needs:
+        (need,) = scorer.needs
+        with pytest.raises(ConfigError, match=rf"{scorer.type} needs a {need} .* 1 of 2 images have none"):
+            judge(scorer, bare, batch_size=2)
+    else:
+        assert len(judge(scorer, bare, batch_size=2).reasons) == 2
+
+
+def test_equal_requests_tie_exactly(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    again = [ScoreRequest(r.image.copy(), r.prompt, tuple(i.copy() for i in r.references)) for r in requests]
+    scores = Judge(scorer, batch_size=3).score([*requests, *again])
+    for values in scores.values.values():
+        np.testing.assert_array_equal(values[:8], values[8:])
+
+
+def test_states_its_licence_and_direction(scorer: Scorer) -> None:
+    assert scorer.licence
+    assert not scorer.metrics[0].auxiliary, "the first metric is the main one"
+    check_metrics([scorer])
+
+
+def test_pocket_scene_is_nan_with_a_reason_outside_its_world() -> None:
+    scorer = resolve("scorers", "pocket_scene")(type="pocket_scene")
+    scores = judge(scorer, [ScoreRequest(Image.new("RGB", (64, 64)), "a cat")], batch_size=1)
+    assert all(np.isnan(values).all() for values in scores.values.values())
+    assert "pocket world" in scores.reasons[0]
+
+
+def test_pocket_scene_tells_right_from_wrong(requests: list[ScoreRequest]) -> None:
+    scorer = resolve("scorers", "pocket_scene")(type="pocket_scene")
+    values = judge(scorer, requests, batch_size=8).values
+    assert (values["pocket_scene_all"][::2] == 1).all()
+    assert (values["pocket_scene_all"][1::2] == 0).all()
+    assert (values["pocket_scene"][1::2] < 1).all()
+
+
+def test_brightness_of_black_and_white() -> None:
+    scorer = resolve("scorers", "brightness")(type="brightness")
+    images = [Image.new("RGB", (32, 32), color) for color in ("black", "white")]
+    values = judge(scorer, [ScoreRequest(image) for image in images], batch_size=2).values["brightness"]
+    np.testing.assert_allclose(values, [0, 1])

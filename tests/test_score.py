@@ -1,0 +1,287 @@
+"""`score` over candidates, foreign Parquet and folders: complete, cached, resumable, honest about broken images."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffusion_dpo import score
+from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.data.images import pixel_hash
+from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
+from diffusion_dpo.pocket.world import distinct_scenes, render
+from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
+from diffusion_dpo.settings import ScoreConfig
+
+ME = "tests.test_score:Counting" if __name__.startswith("tests.") else f"{__name__}:Counting"
+
+
+class Counting(Scorer):
+    """Brightness that counts what it is asked; `version` is its fingerprint, the two `after` are sudden ends."""
+
+    licence = "none"
+    version: str = "1"
+    lower: bool = False
+    stop_after: int = 10**9
+    kill_after: int = 10**9
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (
+            Metric("counting", higher_is_better=not self.lower, range=(0.0, float("inf"))),
+            Metric("width_px", higher_is_better=True, range=(0.0, 1e6), auxiliary=True),
+        )
+
+    def fingerprint(self) -> str:
+        return self.version
+
+    def score(self, batch: Sequence[ScoreRequest]) -> Scores:
+        judged.extend(request.prompt for request in batch)
+        if len(judged) > self.stop_after:
+            raise KeyboardInterrupt
+        if len(judged) > self.kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        values = np.array([np.asarray(request.image).mean() for request in batch])
+        return Scores({"counting": values, "width_px": np.array([float(r.image.width) for r in batch])})
+
+
+judged: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_judged() -> None:
+    judged.clear()
+
+
+@pytest.fixture
+def candidates(tmp_path: Path) -> Path:
+    """Three shards of four candidates, two a prompt."""
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    scenes = [scene for scene, _ in zip(distinct_scenes(0), range(6), strict=False)]
+    rows = [_row(render(scene, rng), scene.caption, index) for scene in scenes for index in range(2)]
+    for number in range(3):
+        write_shard(folder / f"images-{number:05d}.parquet", rows[4 * number : 4 * number + 4], CANDIDATES)
+    return folder
+
+
+def _row(image: Image.Image, prompt: str, index: int) -> dict[str, Any]:
+    return {
+        "uid": pixel_hash(image),
+        "prompt_id": f"id of {prompt}",
+        "prompt": prompt,
+        "index": index,
+        "seed": index,
+        "image": image_struct(encode_png(image)),
+        "references": [],
+        "settings_hash": "0",
+    }
+
+
+def _score(path: Path, *overrides: str) -> Path:
+    return score.run(load(ScoreConfig, None, [f"path={path}", "device=cpu", *overrides]))
+
+
+def _counting(**settings: object) -> str:
+    return f"scorers={json.dumps([{'type': ME, **settings}])}"
+
+
+def _snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.glob("*.parquet"))}
+
+
+def _values(folder: Path, metric: str) -> list[float]:
+    return [row["value"] for row in read_rows(folder, pattern="scores-*.parquet") if row["metric"] == metric]
+
+
+def test_every_candidate_gets_every_metric(candidates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _score(candidates, "scorers=[brightness, pocket_scene]", "batch_size=3") == candidates
+    assert len(list(candidates.glob("scores-brightness-0000?.parquet"))) == 3
+    images = list(read_rows(candidates, pattern="images-*.parquet"))
+    for metric in ("brightness", "pocket_scene", "pocket_scene_all"):
+        rows = [row for row in read_rows(candidates, pattern="scores-*.parquet") if row["metric"] == metric]
+        assert [row["uid"] for row in rows] == [row["uid"] for row in images]
+    assert _values(candidates, "pocket_scene_all") == [1.0] * 12
+    expected = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("L")).mean() / 255 for row in images]
+    np.testing.assert_allclose(_values(candidates, "brightness"), expected)
+    out = capsys.readouterr().out
+    assert "brightness " in out
+    assert f"next: diffusion-dpo pair path={candidates} metric=brightness" in out
+
+
+def test_a_rerun_judges_nothing_loads_nothing_and_touches_nothing(
+    candidates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _score(candidates, _counting())
+    before = _snapshot(candidates)
+    judged.clear()
+    monkeypatch.setattr(Counting, "load", lambda self, device: pytest.fail("loaded for nothing"))
+    _score(candidates, _counting())
+    assert judged == []
+    assert _snapshot(candidates) == before
+
+
+def test_a_changed_fingerprint_judges_again(candidates: Path) -> None:
+    _score(candidates, _counting())
+    judged.clear()
+    _score(candidates, _counting(version="2"))
+    assert len(judged) == 12
+    assert {row["fingerprint"] for row in read_rows(candidates, pattern="scores-*.parquet")} == {"2"}
+    assert len(_values(candidates, "counting")) == 12
+
+
+def test_an_interrupted_run_leaves_whole_shards_and_continues(candidates: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _score(candidates, _counting(stop_after=6), "batch_size=2")
+    shards = sorted(path.name for path in candidates.glob("*scores*.parquet*"))
+    assert shards == ["scores-counting-00000.parquet"], "a shard is whole or absent, hidden files included"
+    before = _snapshot(candidates)
+    judged.clear()
+    _score(candidates, _counting(), "batch_size=2")
+    assert len(judged) == 8
+    after = _snapshot(candidates)
+    assert after["scores-counting-00000.parquet"] == before["scores-counting-00000.parquet"]
+    assert len(_values(candidates, "counting")) == 12
+
+
+def test_a_killed_process_leaves_whole_shards(candidates: Path) -> None:
+    command = f"""
+from diffusion_dpo import score
+from diffusion_dpo.config import load
+from diffusion_dpo.settings import ScoreConfig
+score.run(load(ScoreConfig, None, ["path={candidates}", "device=cpu", {_counting(kill_after=6)!r}]))
+"""
+    here = Path(__file__).parents[ME.count(".")]
+    done = subprocess.run([sys.executable, "-c", command], cwd=here, env={**os.environ, "PYTHONPATH": str(here)})
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in candidates.glob("scores-*.parquet")] == ["scores-counting-00000.parquet"]
+    _score(candidates, _counting())
+    assert len(judged) == 8
+    assert len(_values(candidates, "counting")) == 12
+
+
+def test_a_damaged_score_shard_is_made_again(candidates: Path) -> None:
+    _score(candidates, _counting())
+    before = _snapshot(candidates)
+    (candidates / "scores-counting-00001.parquet").write_bytes(b"PAR1")
+    judged.clear()
+    _score(candidates, _counting())
+    assert len(judged) == 4
+    assert {k: v[1] for k, v in _snapshot(candidates).items()} == {k: v[1] for k, v in before.items()}
+
+
+def test_the_same_image_costs_nothing_wherever_it_lies(tmp_path: Path, candidates: Path) -> None:
+    rows = list(read_rows(candidates, pattern="images-*.parquet"))
+    _score(candidates, _counting())
+    judged.clear()
+    (candidates / "images-00002.parquet").unlink()
+    write_shard(candidates / "images-00001.parquet", rows[::-1][:6], CANDIDATES)  # another order, other portions
+    _score(candidates, _counting())
+    assert judged == []
+
+
+def test_the_same_image_under_another_prompt_is_judged_by_that_prompt(tmp_path: Path) -> None:
+    image = render(next(distinct_scenes(0)), np.random.default_rng(0))
+    right = next(distinct_scenes(0)).caption
+    rows = [_row(image, right, 0), _row(image, "a red circle on a red background", 0)]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    _score(tmp_path, "scorers=[pocket_scene]")
+    first, second = _values(tmp_path, "pocket_scene")
+    assert first == 1
+    assert second < 1
+
+
+def test_the_facts_of_the_metrics_lie_beside_the_scores(candidates: Path) -> None:
+    _score(candidates, _counting(lower=True))
+    facts = json.loads((candidates / "scores-counting.json").read_text())
+    assert facts["fingerprint"] == "1"
+    assert facts["licence"] == "none"
+    assert facts["metrics"][0] == {
+        "name": "counting",
+        "higher_is_better": False,
+        "range": [0.0, None],
+        "auxiliary": False,
+    }
+    assert facts["metrics"][1]["auxiliary"] is True
+
+
+def test_a_foreign_parquet_without_prompts(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (32 + i, 40), (20 * i, 0, 0)) for i in range(5)]
+    file = tmp_path / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"image": [encode_png(image) for image in images]}), file)
+    _score(file, _counting())
+    assert _values(tmp_path, "width_px") == [32, 33, 34, 35, 36]
+    assert (tmp_path / "scores-counting-train-00000-of-00001.parquet").is_file()
+    judged.clear()
+    _score(tmp_path, _counting())
+    assert judged == []
+    with pytest.raises(ConfigError, match=r"pocket_scene needs a prompt .* 5 of 5 images have none"):
+        _score(file, "scorers=[pocket_scene]")
+
+
+def test_a_folder_of_image_files_with_captions(tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "scores"
+    (folder / "more").mkdir(parents=True)
+    Image.new("L", (40, 40), 200).save(folder / "a.png")
+    Image.new("RGBA", (50, 40), (0, 0, 0, 0)).save(folder / "b.PNG")
+    Image.new("CMYK", (60, 40)).save(folder / "more" / "c.jpg")
+    (folder / "b.txt").write_text("a clear pane\n")
+    before = sorted(folder.rglob("*"))
+    _score(folder, _counting(), f"output_dir={out}")
+    assert _values(out, "width_px") == [40, 50, 60]
+    assert judged == ["", "a clear pane", ""]
+    assert sorted(folder.rglob("*")) == before
+    assert json.loads((out / "manifest.json").read_text())["made_by"] == "score"
+
+
+def test_references_are_part_of_what_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = Image.new("RGB", (32, 32), "red")
+    good = _row(image, "p", 0) | {"references": [image_struct(encode_png(image))]}
+    bad = _row(image, "p", 1) | {"references": [{"bytes": None, "path": "/etc/passwd"}]}
+    write_shard(tmp_path / "images-00000.parquet", [good, bad], CANDIDATES)
+    _score(tmp_path, _counting(), "max_broken_share=0.5")
+    assert _values(tmp_path, "width_px") == [32, None]
+    assert "reference is broken" in capsys.readouterr().out
+
+
+def test_broken_images_are_named_counted_and_never_a_number(
+    candidates: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = list(read_rows(candidates / "images-00001.parquet"))
+    rows[1] |= {"uid": "x", "image": image_struct(rows[1]["image"]["bytes"][:60])}
+    rows[2] |= {"uid": "y", "image": {"bytes": None, "path": "/etc/passwd"}}
+    write_shard(candidates / "images-00001.parquet", rows, CANDIDATES)
+    _score(candidates, _counting(), "max_broken_share=0.2")
+    out = capsys.readouterr().out
+    assert "skipped images-00001.parquet row 1:" in out
+    assert "skipped images-00001.parquet row 2: a path instead of image bytes" in out
+    assert "1 missing: broken image: a path instead of image bytes" in out
+    assert _values(candidates, "counting").count(None) == 2
+    with pytest.raises(ConfigError, match=r"2 of 12 images .* more than max_broken_share=0\.1"):
+        _score(candidates, _counting(), "max_broken_share=0.1")
+
+
+@pytest.mark.parametrize("name", ["nothing.parquet", "nowhere"])
+def test_no_such_path(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"no file or folder .*{name}"):
+        _score(tmp_path / name, "scorers=[brightness]")
+
+
+def test_nothing_to_score(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither Parquet files nor images"):
+        _score(tmp_path, "scorers=[brightness]")
+    pq.write_table(pa.table({"picture": [b""]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match="has no column 'image'"):
+        _score(tmp_path, "scorers=[brightness]")
