@@ -55,10 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `... | head`: whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except Exception as error:  # noqa: BLE001 - the outermost frame: every failure becomes an exit code
-        message = _user_message(error)
-        if message is not None:
-            return _fail(message)
+    except ConfigError as error:
+        return _fail(str(error))
+    except Exception:  # noqa: BLE001 - the outermost frame: every failure becomes an exit code
         traceback.print_exc()
         return _fail(
             "this is a bug. Please report it, with the lines above and `diffusion-dpo doctor --json`.", code=1
@@ -164,9 +163,17 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _run(verb: str, config: Config) -> None:
-    """Import a verb, which is what takes seconds, and run it."""
+    """Import a verb, which is what takes seconds, and run it. What the system refuses becomes a ConfigError."""
     run: Callable[[Config], object] = importlib.import_module(f"diffusion_dpo.{verb}").run
-    run(config)
+    try:
+        run(config)
+    except ConfigError:
+        raise
+    except Exception as error:
+        message = _refusal(error, config)
+        if message is None:
+            raise
+        raise ConfigError(message) from error
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -182,23 +189,22 @@ def _stopped(code: int) -> int:
     return code
 
 
-def _user_message(error: Exception) -> str | None:
-    """Return what to tell the user about a failure that they can mend, None where it must be a bug."""
-    if isinstance(error, ConfigError):
-        return str(error)
-    where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+def _refusal(error: Exception, config: Config) -> str | None:
+    """Return what to tell the user when disk, permissions or memory were refused, None for everything else."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return f"the disk is full{where}. What was finished is kept: free some space and run the same command again"
+    places = (
+        error.filename if isinstance(error, OSError) else None,
+        *map(config.model_dump().get, ("output_dir", "path")),
+    )
+    where = next((place for place in places if place), ".")
+    text = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:  # the latter from safetensors
+        return f"no space left on the disk of {where}. What was finished is kept: free some, then run the same again"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission{where}: {os.strerror(number)}. Choose another folder, or mend its permissions"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    ):
+        return f"{where}: {os.strerror(number)}. Choose another folder, or mend its permissions"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
-            f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}\n"
+            f"out of memory: {text.splitlines()[0] if text else 'the machine has no more'}\n"
             "To need less: a smaller per_device_batch_size, batch_size or sampling.batch_size; a smaller "
             "resolution_px; gradient_checkpointing=true when training"
         )
