@@ -4,7 +4,7 @@ import math
 import shlex
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -144,6 +144,7 @@ def _pair_blocks(found: Collected, count: int) -> list[Block]:
 class _Seen:
     """What is kept of a candidate that decodes; `key` finds its scores, `uid` is its pixel hash."""
 
+    number: int
     where: str
     prompt: str
     group: str
@@ -159,7 +160,7 @@ def _inspect_candidates(path: Path, num_images: int) -> _Findings:
     seen: list[_Seen] = []
     dropped: list[Dropped] = []
     with progress("looking", sum(unit.num_images for unit in units), "images") as advance:
-        for it in in_order(_look, (candidate for unit in units for candidate in unit.read())):
+        for it in in_order(_look, _numbered(units)):
             advance()
             if isinstance(it, Dropped):
                 dropped.append(it)
@@ -188,14 +189,21 @@ def _inspect_candidates(path: Path, num_images: int) -> _Findings:
     return rows + _drop_rows(dropped), blocks, f"diffusion-dpo {verb} {shlex.quote(f'path={path}')}"
 
 
-def _look(candidate: Candidate) -> _Seen | Dropped:
+def _numbered(units: Sequence[Unit]) -> Iterator[tuple[int, Candidate]]:
+    return enumerate(candidate for unit in units for candidate in unit.read())
+
+
+def _look(numbered: tuple[int, Candidate]) -> _Seen | Dropped:
+    number, candidate = numbered
     if candidate.broken:
         return Dropped(candidate.where, candidate.broken)
     try:
         image = decode_rgb(candidate.data)
     except BrokenImage as error:
         return Dropped(candidate.where, str(error))
-    return _Seen(candidate.where, candidate.prompt, candidate.group, candidate.key, pixel_hash(image), image.size)
+    return _Seen(
+        number, candidate.where, candidate.prompt, candidate.group, candidate.key, pixel_hash(image), image.size
+    )
 
 
 def _candidate_blocks(
@@ -206,12 +214,12 @@ def _candidate_blocks(
         return []
     largest = min(max(map(len, groups)), num_images)
     chosen = [group[:largest] for group in _spread_evenly(groups, max(1, num_images // largest))]
-    wanted = {it.key for group in chosen for it in group}
-    images = {it.key: decode_rgb(it.data) for unit in units for it in unit.read() if it.key in wanted}
+    wanted = {it.number for group in chosen for it in group}
+    images = {number: decode_rgb(it.data) for number, it in _numbered(units) if number in wanted}
     blocks = []
     for group in chosen:
         captions = [_score_text(scores.get(it.key, {})) or it.where for it in group]
-        tiles = [Tile(images[it.key], caption) for it, caption in zip(group, captions, strict=True)]
+        tiles = [Tile(images[it.number], caption) for it, caption in zip(group, captions, strict=True)]
         blocks.append(Block(group[0].prompt, tuple(tiles)))
     return blocks
 

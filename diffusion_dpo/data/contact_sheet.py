@@ -1,6 +1,7 @@
 """A contact sheet: many small images on one page, in blocks that share a title. Pillow only."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """Shorten a text to `width` px, with an ellipsis where something is missing."""
-    text = " ".join(text.split())
-    shown = text[: width // 2]  # no letter is narrower than 2 px; long texts are slow to measure
-    while shown and font.getlength(shown if shown == text else shown + "...") > width:
-        shown = shown[:-1]
-    return shown if shown == text else shown.rstrip() + "..."
+    text = " ".join(text.split())[:width]  # no letter is narrower than a pixel; long texts are slow to measure
+    if font.getlength(text) <= width:
+        return text
+    too_long = bisect_right(range(len(text)), width, key=lambda n: math.ceil(font.getlength(text[:n] + "...")))
+    return text[: max(too_long - 1, 0)].rstrip() + "..."

@@ -24,7 +24,6 @@ ROW_GROUP_SIZE = 16
 """Rows that are read or written at once. Image rows are large, and random reads cost a whole row group."""
 
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_READ_BUFFER_BYTES = 1 << 20
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def image_struct(data: bytes) -> dict[str, bytes | None]:
 
 def _open(file: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+        return pq.ParquetFile(file, memory_map=True, pre_buffer=False)  # else a whole row group is read at once
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
 
