@@ -73,7 +73,9 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is working in {folder}; wait for it, or choose another output_dir") from None
+            raise ConfigError(
+                f"another process is working in {folder}; wait for it, or choose another output_dir"
+            ) from None
         manifest = read_manifest(folder)
         if not manifest:
             strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
@@ -83,7 +85,9 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
                 )
             write_json(folder / MANIFEST, {"made_by": made_by, "complete": False, "identity": identity})
         elif manifest.get("made_by") != made_by:
-            raise ConfigError(f"{folder} was made by {manifest.get('made_by')}, not by {made_by}; choose another output_dir")
+            raise ConfigError(
+                f"{folder} was made by {manifest.get('made_by')}, not by {made_by}; choose another output_dir"
+            )
         else:
             _refuse_changes(folder, manifest.get("identity", {}), identity)
         yield manifest
@@ -98,4 +102,6 @@ def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if changed:
         lines = [f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
-        raise ConfigError("\n".join([f"{folder} belongs to another run; choose another output_dir. Different:", *lines]))
+        raise ConfigError(
+            "\n".join([f"{folder} belongs to another run; choose another output_dir. Different:", *lines])
+        )

@@ -1,8 +1,9 @@
 """`generate`: prompts -> candidates. A shard is a work unit: it is whole or absent, and a rerun makes what is missing."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data.images import pixel_hash
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-class _Candidate(NamedTuple):
+@dataclass(frozen=True)
+class _Candidate:
     prompt: Prompt
     index: int
     seed: int

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models.pipeline import first_sentence, load_base
 from diffusion_dpo.settings import ImageModel, Sampling
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-POCKET_DIR = Path(__file__).parent / "pocket" / "weights" / "stable-diffusion"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -33,58 +33,12 @@ def image_seed(base_seed: int, prompt_id: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def pretrained_path(name: str) -> str:
-    """Return the folder or hub id that `pretrained` stands for (`pocket` is the packaged model)."""
-    if name != "pocket":
-        return name
-    if not (POCKET_DIR / "model_index.json").exists():
-        raise ConfigError(f"the pocket model is not installed at {POCKET_DIR}; scripts/train_pocket.py makes it")
-    return str(POCKET_DIR)
-
-
 def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
-    """Load a diffusers pipeline, with its adapter if it has one. Safetensors only.
-
-    The safety checker is left out: a judged or compared image must be what the model drew. Raises ConfigError when the
-    model or the adapter cannot be had.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    source = pretrained_path(model.pretrained)
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            source,
-            revision=model.revision,
-            variant=model.variant,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(explain_missing_model(model.pretrained, error)) from error
+    """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
+    pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
     if model.adapter_path is not None:
         _add_adapter(pipeline, model.adapter_path, model.adapter_scale)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    pipeline.unet.to(memory_format=torch.channels_last)
-    pipeline.vae.to(memory_format=torch.channels_last)
     return pipeline
-
-
-def explain_missing_model(name: str, error: Exception) -> str:
-    """Say in one sentence why a pipeline could not be loaded, and what to do."""
-    if Path(name).is_dir():
-        if not (Path(name) / "model_index.json").exists():
-            return f"{name} is no diffusers pipeline: it has no model_index.json"
-        return f"cannot load the pipeline {name}: {_first_sentence(error)}"
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        return f"there is no folder {name}, and it is no hub id (owner/name)"
-    return (
-        f"cannot get {name!r} from the hub: {_first_sentence(error)}. Check the name, the network and, for a gated model, "
-        f"`hf auth login`; or give a local folder"
-    )
 
 
 def find_adapter(path: Path) -> tuple[Literal["lora", "unet"], Path]:
@@ -102,20 +56,20 @@ def find_adapter(path: Path) -> tuple[Literal["lora", "unet"], Path]:
 
 
 def _add_adapter(pipeline: "DiffusionPipeline", path: Path, scale: float) -> None:
+    import torch
+
     kind, where = find_adapter(path)
+    folder, name = (where.parent, where.name) if where.is_file() else (where, LORA_FILE)
     try:
         if kind == "lora":
-            pipeline.load_lora_weights(
-                str(where.parent if where.is_file() else where),
-                weight_name=where.name if where.is_file() else LORA_FILE,
-            )
+            pipeline.load_lora_weights(str(folder), weight_name=name)
             pipeline.fuse_lora(lora_scale=scale)
             pipeline.unload_lora_weights()
         else:
-            unet = type(pipeline.unet).from_pretrained(where, torch_dtype=pipeline.unet.dtype, use_safetensors=True)
-            pipeline.register_modules(unet=unet)
+            unet = type(pipeline.unet).from_pretrained(folder, torch_dtype=pipeline.unet.dtype, use_safetensors=True)
+            pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"cannot put the adapter {where} on this model: {_first_sentence(error)}") from error
+        raise ConfigError(f"cannot put the adapter {where} on this model: {first_sentence(error)}") from error
 
 
 def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], sampling: Sampling) -> list["Image"]:
@@ -150,7 +104,3 @@ def resolution_px(pipeline: "DiffusionPipeline", asked: int | None) -> int:
     if side % pipeline.vae_scale_factor:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {pipeline.vae_scale_factor}")
     return int(side)
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")

@@ -65,11 +65,11 @@ def train_vae(work: Path, seed: int, steps: int) -> None:
     vae = build_vae()
 
     def loss_of(step: int) -> torch.Tensor:
-        _, images = draw(seed, "vae", step, batch_size=32)
+        _, images = draw(seed, "vae", step, batch_size=16)
         posterior = vae.encode(images).latent_dist
         generator = torch.Generator().manual_seed(hash_seed(seed, "vae-noise", step))
         difference = vae.decode(posterior.sample(generator)).sample - images
-        return difference.square().mean() + 0.5 * difference.abs().mean() + 5e-5 * posterior.kl().mean() / 256
+        return difference.square().mean() + 0.5 * difference.abs().mean() + 1e-5 * posterior.kl().mean() / 256
 
     run_stage(work, "vae", {"vae": vae}, loss_of, steps=steps, learning_rate=2e-3)
 
@@ -136,7 +136,7 @@ def export(work: Path, seed: int, target: Path) -> None:
     load_stage(work, "vae", {"vae": vae})
     load_stage(work, "unet", {"unet": unet, "text_encoder": text_encoder})
     vae.register_to_config(scaling_factor=latent_scale(work, vae, seed))
-    scheduler = DDIMScheduler.from_config(build_scheduler().config, clip_sample=False, set_alpha_to_one=False)
+    scheduler = DDIMScheduler.from_config(build_scheduler().config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -205,7 +205,8 @@ def run_stage(
             spent = time.time() - began
             left = spent / (step + 1 - start) * (steps - step - 1) / 60
             print(
-                f"{name} step {step + 1}/{steps} loss {np.mean(recent):.4f}, {seconds + spent:.0f} s, {left:.0f} min left", flush=True
+                f"{name} step {step + 1}/{steps} loss {np.mean(recent):.4f}, {seconds + spent:.0f} s, {left:.0f} min left",
+                flush=True,
             )
             recent = []
             save(work, name, modules, ema, optimizer, trained, step + 1, seconds + spent)
@@ -347,7 +348,7 @@ def build_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=2,  # more, over 8 channels, normalise away the colour of the background
         latent_channels=4,
         sample_size=IMAGE_SIZE_PX,
     )
@@ -431,7 +432,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--stage", choices=stages, help="one stage only (default: all that are not finished)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, metavar=stages[:3], default=(2600, 1600, 8000))
+    parser.add_argument("--steps", type=int, nargs=3, metavar=stages[:3], default=(9000, 1600, 8000))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     package = Path(__file__).parents[1] / "diffusion_dpo" / "pocket" / "weights"
     parser.add_argument("--target", type=Path, default=package)

@@ -80,7 +80,9 @@ def _facts(scene: Scene, chosen: tuple[SeenItem | None, ...]) -> int:
     held = sum(_item_facts(item, seen) for item, seen in zip(scene.items, chosen, strict=True))
     if scene.relation is not None and chosen[0] is not None and chosen[1] is not None:
         dx, dy = (a - b for a, b in zip(chosen[0].center, chosen[1].center, strict=True))
-        seen_relation = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+        seen_relation = (
+            ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+        )
         held += seen_relation == scene.relation
     return held
 

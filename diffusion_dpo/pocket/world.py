@@ -26,8 +26,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (25, 25, 25),
 }
-SHAPES = ("circle", "square", "triangle", "star")
-SIZES: dict[str, tuple[float, float]] = {"small": (8.0, 9.5), "large": (12.0, 13.0)}  # radius in px
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES: dict[str, tuple[float, float]] = {"small": (9.0, 10.0), "large": (12.5, 13.5)}  # radius in px
 RELATIONS = ("left of", "right of", "above", "below")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _MARGIN_PX = 2.0
@@ -152,22 +152,22 @@ def outline(shape: str, radius: float, center: tuple[float, float]) -> list[tupl
         return [(cx - half, cy - half), (cx + half, cy - half), (cx + half, cy + half), (cx - half, cy + half)]
     if shape == "triangle":
         return [(cx, cy - radius), (cx + radius, cy + 0.8 * radius), (cx - radius, cy + 0.8 * radius)]
-    if shape == "star":
-        spokes = [(1.1 * radius if k % 2 == 0 else 0.45 * radius, math.pi * (k / 5 - 0.5)) for k in range(10)]
-        return [(cx + r * math.cos(angle), cy + r * math.sin(angle)) for r, angle in spokes]
+    if shape == "cross":
+        arm = 0.36 * radius
+        corner = [(arm, radius), (arm, arm), (radius, arm), (radius, -arm), (arm, -arm), (arm, -radius)]
+        return [(cx + x, cy + y) for x, y in [*corner, *((-x, -y) for x, y in corner)]]
     angles = [2 * math.pi * k / 48 for k in range(48)]
     return [(cx + radius * math.cos(angle), cy + radius * math.sin(angle)) for angle in angles]
 
 
 def _place(scene: Scene, radii: list[float], rng: np.random.Generator) -> list[tuple[float, float]]:
     """Choose centres (x, y) in px so that everything is inside the image, nothing touches, and the relation holds."""
-    reach = [1.1 * radius for radius in radii]
-    low = [_MARGIN_PX + r for r in reach]
-    high = [IMAGE_SIZE_PX - _MARGIN_PX - r for r in reach]
+    low = [_MARGIN_PX + radius for radius in radii]
+    high = [IMAGE_SIZE_PX - _MARGIN_PX - radius for radius in radii]
     if scene.relation is None:
         return [(float(rng.uniform(low[0], high[0])), float(rng.uniform(low[0], high[0])))]
     first, second = (0, 1) if scene.relation in ("left of", "above") else (1, 0)
-    distance = reach[0] + reach[1] + _GAP_PX
+    distance = sum(radii) + _GAP_PX
     start = float(rng.uniform(low[first], max(low[first], high[second] - distance)))
     end = float(rng.uniform(min(start + distance, high[second]), high[second]))
     middle = float(rng.uniform(max(low), min(high)))

@@ -1,0 +1,90 @@
+"""What a finished run leaves for others: the adapter, a model card, and the environment it was made in."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_dpo import __version__
+from diffusion_dpo.files import atomic_path, fsync_folder, write_json
+from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.settings import TrainConfig
+
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "open_clip_torch", "numpy", "pillow")
+
+
+def write_environment(path: Path) -> None:
+    """Write the versions that a run was made with."""
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    python = {"diffusion-dpo": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    write_json(path, python | versions)
+
+
+def save_model(model: LoadedModel, run_dir: Path) -> Path:
+    """Save the adapter or full UNet beside the old one and swap them, so that a kill leaves one of the two whole."""
+    staging = run_dir / f".staging-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        saved = model.save(staging)
+        final = run_dir / saved.name
+        if final.exists():
+            os.replace(final, staging / "replaced")
+        os.replace(saved, final)
+        fsync_folder(run_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return final
+
+
+def compare_overrides(config: TrainConfig) -> str:
+    """Return the settings of the `compare` that follows this training."""
+    pretrained = config.model.model_dump()["pretrained"]
+    return f"before.pretrained={pretrained} after.pretrained={pretrained} after.adapter_path={config.output_dir}"
+
+
+def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
+    """Write README.md, the model card, with how to load the result."""
+    model, loss = config.model.model_dump(), config.loss.model_dump()
+    lora = model["lora"]
+    loading = (
+        f'pipe.load_lora_weights("{adapter.name}")'
+        if lora
+        else f'pipe.unet = UNet2DConditionModel.from_pretrained("{adapter.name}")'
+    )
+    what = f"LoRA of rank {lora['rank']}" if lora else "full fine-tuning of the UNet"
+    names = "StableDiffusionPipeline" if lora else "StableDiffusionPipeline, UNet2DConditionModel"
+    text = f"""---
+library_name: diffusers
+base_model: {model["pretrained"]}
+tags: [diffusion-dpo, {loss["type"]}, {"lora" if lora else "full-fine-tuning"}]
+---
+# {config.output_dir.name}
+
+{model["pretrained"]}, tuned on {facts["num_pairs"]} preference pairs with {loss["type"].upper()} ({what}) by
+[diffusion-dpo](https://pypi.org/project/diffusion-dpo/) {__version__}.
+
+```python
+from diffusers import {names}
+
+pipe = StableDiffusionPipeline.from_pretrained("{model["pretrained"]}")
+{loading}
+image = pipe("{(config.preview.prompts or ("your prompt",))[0]}").images[0]
+```
+
+| setting | value |
+|---|---|
+| pairs | {facts["num_pairs"]}, labelled by {", ".join(facts["labelled_by"]) or "their source"} |
+| steps | {facts["steps"]} of {config.global_batch_size} pairs |
+| learning rate | {config.learning_rate} |
+| objective | {", ".join(f"{key}={value}" for key, value in loss.items())} |
+| seed | {config.seed} |
+
+Everything else is in `config.yaml` and `environment.json`; what happened at every step is in `metrics.jsonl`. How the
+images changed, with intervals: `diffusion-dpo compare {compare_overrides(config)}`.
+"""
+    with atomic_path(config.output_dir / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,115 @@
+"""Checkpoints that are whole or absent: staged, hashed, renamed, and only then are old ones removed.
+
+A checkpoint is a folder `step-00000100/` of safetensors files, one per named part, and `manifest.json`, written last,
+with the size and sha256 of every file. Nothing is pickled, neither written nor read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.console import warn
+from diffusion_dpo.files import fsync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: `parts[name]` maps names to tensors (on the CPU), `state` is plain JSON."""
+
+    step: int
+    parts: dict[str, dict[str, "Tensor"]]
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path, step: int, parts: Mapping[str, Mapping[str, "Tensor"]], state: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `folder/step-XXXXXXXX` and then remove all but the newest `keep`; return its path.
+
+    When anything fails (a full disk, a kill) no older checkpoint has been touched, and what was begun is not mistaken
+    for a checkpoint.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".staging-*"):
+        shutil.rmtree(leftover)
+    staging = folder / f".staging-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        files = {}
+        for name, tensors in parts.items():
+            path = staging / f"{name}.safetensors"
+            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+            files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+            _fsync(path)
+        manifest = staging / _MANIFEST
+        manifest.write_text(json.dumps({"step": step, "state": dict(state), "files": files}, indent=2))
+        _fsync(manifest)
+        fsync_folder(staging)
+        final = folder / f"step-{step:08d}"
+        if final.exists():  # a damaged one of the same step, or it would have been resumed from
+            os.replace(final, folder / f".staging-{uuid.uuid4().hex[:8]}")
+        os.replace(staging, final)
+        fsync_folder(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+    newer = [
+        path for path in folder.glob("step-*") if path.name > final.name
+    ]  # damaged: the run came from before them
+    for path in [*older[: len(older) - (keep - 1)], *newer]:
+        shutil.rmtree(path)
+    return final
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """Return the newest checkpoint whose files are what its manifest says, None when there is none.
+
+    Damaged ones are named in a warning and passed over.
+    """
+    from safetensors.torch import load_file
+
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        fault = _fault(path)
+        if fault:
+            warn(f"the checkpoint {path} is damaged ({fault}); trying the one before it")
+            continue
+        manifest = json.loads((path / _MANIFEST).read_text())
+        parts = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
+        return Checkpoint(manifest["step"], parts, manifest["state"])
+    return None
+
+
+def _fault(path: Path) -> str:
+    """Say what is wrong with a checkpoint, "" when it is whole."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+        for name, facts in files.items():
+            if (path / name).stat().st_size != facts["size"] or _sha256(path / name) != facts["sha256"]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,231 @@
+"""The latent cache: the only thing that decodes images for training. Training reads nothing else.
+
+VAE latents of both sides of every pair and the text embedding of every distinct prompt, in safetensors files that are
+memory-mapped. Each file is written whole or not at all, so an interrupted build goes on where it stopped. The folder's
+name is a hash of everything that decides the content.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from diffusion_dpo.console import progress, say, warn
+from diffusion_dpo.data import PreferencePair
+from diffusion_dpo.data.images import decode_rgb
+from diffusion_dpo.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PAIRS_PER_FILE = 256
+PROMPTS_PER_FILE = 1024
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns images and prompts into what the denoiser sees; the model's own methods."""
+
+    images: "Callable[[Tensor, Tensor], Tensor]"
+    """(B, 3, H, W) in [-1, 1] and posterior noise (B, C, h, w) -> latents (B, C, h, w), float32."""
+    prompts: "Callable[[Sequence[str]], dict[str, Tensor]]"
+    """Prompts -> named tensors with leading dimension len(prompts), float32."""
+    fingerprint: str
+    latent_shape: tuple[int, int, int]
+    resolution_px: int
+    dtype: "torch.dtype"
+    """Storage format: float32, or float16 where the frozen parts are half precision."""
+    batch_size: int = 8
+    """Pairs that are encoded at once."""
+
+
+class LatentCache:
+    """Read access: latents of pairs and conditioning of prompts, by index."""
+
+    def __init__(self, folder: Path, prompts: Sequence[str]) -> None:
+        """Open a built cache; `prompts[i]` is the prompt of pair i."""
+        self._folder = folder
+        self._prompt_index = {text: i for i, text in enumerate(_distinct(prompts))}
+        self._prompts = list(prompts)
+        self._open: dict[str, Any] = {}
+
+    def latents(self, indices: Sequence[int], flip: Sequence[bool]) -> "tuple[Tensor, Tensor]":
+        """Return the latents (B, C, h, w), float32, of the chosen and of the rejected images of some pairs."""
+        import torch
+
+        rows = [
+            self._row(f"pairs-{i // PAIRS_PER_FILE:05d}", "latents", i % PAIRS_PER_FILE)[int(mirrored)]
+            for i, mirrored in zip(indices, flip, strict=True)
+        ]
+        chosen, rejected = torch.stack(rows).float().unbind(1)
+        return chosen, rejected
+
+    def conditioning(self, indices: Sequence[int], drop: Sequence[bool]) -> "dict[str, Tensor]":
+        """Return the conditioning of the pairs' prompts, float32; of the empty prompt where `drop` is true."""
+        import torch
+
+        wanted = [
+            self._prompt_index["" if dropped else self._prompts[i]] for i, dropped in zip(indices, drop, strict=True)
+        ]
+        file = f"prompts-{wanted[0] // PROMPTS_PER_FILE:05d}"
+        return {
+            name: torch.stack(
+                [self._row(f"prompts-{i // PROMPTS_PER_FILE:05d}", name, i % PROMPTS_PER_FILE) for i in wanted]
+            ).float()
+            for name in self._file(file).keys()  # noqa: SIM118 - a safetensors handle, not a dict
+        }
+
+    def _file(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._open:
+            self._open[name] = safe_open(self._folder / f"{name}.safetensors", "pt")
+        return self._open[name]
+
+    def _row(self, file: str, tensor: str, row: int) -> "Tensor":
+        return self._file(file).get_slice(tensor)[row : row + 1][0]
+
+
+def build(
+    root: Path,
+    pairs: Iterable[PreferencePair],
+    pair_ids: Sequence[str],
+    prompts: Sequence[str],
+    encoders: Encoders,
+    *,
+    random_flip: bool,
+) -> LatentCache:
+    """Encode what is not cached yet under `root` and return the open cache.
+
+    `pairs` yields the pairs of `pair_ids`, in that order; it is read only when something is missing.
+    """
+    folder = root / _key(pair_ids, prompts, encoders, random_flip=random_flip)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = _distinct(prompts)
+    num_files = -(-len(pair_ids) // PAIRS_PER_FILE)
+    missing = {number for number in range(num_files) if not _whole(folder / f"pairs-{number:05d}.safetensors")}
+    if missing:
+        todo = sum(min(PAIRS_PER_FILE, len(pair_ids) - number * PAIRS_PER_FILE) for number in missing)
+        say(f"cache: encoding {todo} pairs and {len(texts)} prompts at {encoders.resolution_px} px into {folder}")
+        _encode_pairs(folder, pairs, missing, todo, encoders, random_flip=random_flip)
+    else:
+        say(f"cache: {len(pair_ids)} pairs at {encoders.resolution_px} px are encoded already in {folder}")
+    for number in range(-(-len(texts) // PROMPTS_PER_FILE)):
+        path = folder / f"prompts-{number:05d}.safetensors"
+        if not _whole(path):
+            _encode_prompts(path, texts[number * PROMPTS_PER_FILE : (number + 1) * PROMPTS_PER_FILE], encoders)
+    return LatentCache(folder, prompts)
+
+
+def to_square(image: Image.Image, side_px: int) -> Image.Image:
+    """Scale the shorter side to `side_px` and cut out the middle: the one crop of every image."""
+    scale = side_px / min(image.size)
+    size = (max(side_px, round(image.width * scale)), max(side_px, round(image.height * scale)))
+    if image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    left, top = (image.width - side_px) // 2, (image.height - side_px) // 2
+    return image.crop((left, top, left + side_px, top + side_px))
+
+
+def _encode_pairs(
+    folder: Path,
+    pairs: Iterable[PreferencePair],
+    missing: set[int],
+    todo: int,
+    encoders: Encoders,
+    *,
+    random_flip: bool,
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    stream = iter(pairs)
+    with progress("cache", todo, "pairs") as advance:
+        for number in range(max(missing) + 1):
+            file_pairs = list(islice(stream, PAIRS_PER_FILE))
+            if number not in missing:
+                continue
+            latents = []
+            for start in range(0, len(file_pairs), encoders.batch_size):
+                batch = file_pairs[start : start + encoders.batch_size]
+                latents.append(_encode_batch(batch, encoders, random_flip=random_flip))
+                advance(len(batch))
+            with atomic_path(folder / f"pairs-{number:05d}.safetensors") as partial:
+                save_file({"latents": torch.cat(latents)}, partial)
+
+
+def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random_flip: bool) -> "Tensor":
+    """Return latents (B, 1 or 2 mirrored, 2 sides, C, h, w) in the storage format."""
+    import torch
+
+    noise = torch.stack([_posterior_noise(pair, encoders.latent_shape) for pair in batch])
+    views = []
+    for mirrored in (False, True)[: 1 + random_flip]:
+        sides = []
+        for side in ("chosen", "rejected"):
+            images = [to_square(decode_rgb(getattr(pair, side)), encoders.resolution_px) for pair in batch]
+            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+            pixels = pixels.flip(3) if mirrored else pixels
+            sides.append(encoders.images(pixels.float() / 127.5 - 1, noise).cpu())
+        views.append(torch.stack(sides, dim=1))
+    return torch.stack(views, dim=1).to(encoders.dtype)
+
+
+def _posterior_noise(pair: PreferencePair, shape: tuple[int, int, int]) -> "Tensor":
+    """The noise that samples the VAE's posterior: one for both images of a pair, so equal images stay equal."""
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(pair.pair_id.encode()).digest()[:8], "big") >> 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _encode_prompts(path: Path, texts: Sequence[str], encoders: Encoders) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    size = 32
+    parts = [encoders.prompts(texts[start : start + size]) for start in range(0, len(texts), size)]
+    joined = {name: torch.cat([part[name].cpu() for part in parts]).to(encoders.dtype) for name in parts[0]}
+    with atomic_path(path) as partial:
+        save_file({name: tensor.contiguous() for name, tensor in joined.items()}, partial)
+
+
+def _distinct(prompts: Sequence[str]) -> list[str]:
+    """The empty prompt first (for prompt dropout), then every prompt once, in order of appearance."""
+    return list(dict.fromkeys(["", *prompts]))
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file of the cache is there and complete; a damaged one is named and made again."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError as error:
+        warn(f"{path} is damaged ({error}) and is encoded again")
+        return False
+
+
+def _key(pair_ids: Sequence[str], prompts: Sequence[str], encoders: Encoders, *, random_flip: bool) -> str:
+    facts = [
+        _VERSION,
+        encoders.fingerprint,
+        encoders.resolution_px,
+        str(encoders.dtype),
+        encoders.latent_shape,
+        random_flip,
+        list(pair_ids),
+        list(prompts),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,237 @@
+"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction): LoRA or full fine-tuning of the UNet."""
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from diffusion_dpo.config import Config, ConfigError
+from diffusion_dpo.models import DiffusionModel, LoadedModel
+from diffusion_dpo.models.pipeline import load_base
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_ADAPTER = "default"
+
+
+class Lora(Config):
+    """Low-rank adapters on the UNet (arXiv 2106.09685), through peft."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of the update."""
+    alpha: float | None = Field(None, gt=0)
+    """The update is scaled by alpha / rank; null means alpha = rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Name endings of the layers that get an adapter; linear layers and convolutions."""
+
+
+class StableDiffusion(DiffusionModel):
+    """A Stable Diffusion 1.x / 2.x pipeline."""
+
+    pretrained: str = "pocket"
+    """Local folder or hub id of a diffusers pipeline; `pocket` is the small model that comes with the package."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it for results that can be repeated."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    lora: Lora | None = Lora()
+    """LoRA settings; null fine-tunes the whole UNet against a frozen copy of itself."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts; null takes it from the pipeline's scheduler."""
+
+    def load(self, *, device: "torch.device", dtype: "torch.dtype", seed: int) -> "LoadedStableDiffusion":
+        """Load the weights and add what is trained; `dtype` is that of the frozen parts and of the autocast."""
+        import torch
+
+        stored = (
+            torch.float32 if self.lora is None else dtype
+        )  # a UNet that is trained must not be rounded on the way in
+        pipeline = load_base(
+            self.pretrained, revision=self.revision, variant=self.variant, device=device, dtype=stored
+        )
+        pipeline.vae.to(dtype)
+        pipeline.text_encoder.to(dtype)
+        return LoadedStableDiffusion(self, pipeline, dtype, seed)
+
+
+class LoadedStableDiffusion(LoadedModel):
+    """The live model. Trained weights are float32 whatever `dtype`; policy and reference share one autocast."""
+
+    def __init__(self, settings: StableDiffusion, pipeline, dtype: "torch.dtype", seed: int) -> None:  # type: ignore[no-untyped-def]
+        import torch
+        from diffusers import DDPMScheduler
+
+        assert settings.lora is not None or pipeline.unet.dtype == torch.float32
+        self.pipeline = pipeline
+        self.unet = pipeline.unet
+        self.device = pipeline.device
+        self.dtype = dtype
+        self.resolution_px = self.unet.config.sample_size * pipeline.vae_scale_factor
+        prediction = settings.prediction_type or pipeline.scheduler.config.prediction_type
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ConfigError(f"{settings.pretrained} predicts {prediction!r}; epsilon or v_prediction is needed")
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction)
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
+        for module in (pipeline.vae, pipeline.text_encoder, self.unet):
+            module.requires_grad_(False).eval()
+        self.base_hash = _hash_module(self.unet)
+        self.encoder_hash = _hash_module(pipeline.vae, pipeline.text_encoder)
+        self._frozen_unet = None
+        if settings.lora is None:
+            self._frozen_unet = copy.deepcopy(self.unet)
+            self.unet.requires_grad_(True)
+        else:
+            self._add_lora(settings, seed)
+
+    def _add_lora(self, settings: StableDiffusion, seed: int) -> None:
+        import torch
+        from diffusers.training_utils import cast_training_params
+        from peft import LoraConfig
+
+        lora = settings.lora
+        assert lora is not None
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(lora.targets),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                self.unet.add_adapter(config, adapter_name=_ADAPTER)
+            except ValueError as error:
+                raise ConfigError(
+                    f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
+                ) from None
+        cast_training_params(self.unet, dtype=torch.float32)
+
+    # --- encoding ---
+
+    def encode_images(self, images: "Tensor", noise: "Tensor") -> "Tensor":
+        """See LoadedModel."""
+        import torch
+
+        vae = self.pipeline.vae
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+            latents = posterior.mean.float() + posterior.std.float() * noise.to(self.device)
+        return latents * float(vae.config.scaling_factor)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, "Tensor"]:
+        """See LoadedModel; the one entry is `encoder_hidden_states`, (B, tokens, width)."""
+        import torch
+
+        with torch.no_grad():
+            embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
+        return {"encoder_hidden_states": embeds.float()}
+
+    @property
+    def latent_channels(self) -> int:
+        """See LoadedModel."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def downscale(self) -> int:
+        """See LoadedModel."""
+        return int(self.pipeline.vae_scale_factor)
+
+    # --- diffusion ---
+
+    def sample_timesteps(self, uniform: "Tensor") -> "Tensor":
+        """Uniform over the training timesteps."""
+        return (uniform * self.scheduler.config.num_train_timesteps).long()
+
+    def log_snr(self, timesteps: "Tensor") -> "Tensor":
+        """See LoadedModel."""
+        alpha_squared = self._alphas_cumprod[timesteps]
+        return (alpha_squared / (1 - alpha_squared)).log()
+
+    def add_noise(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
+        """x_t = alpha_t x_0 + sigma_t epsilon."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
+        """Epsilon, or v = alpha_t epsilon - sigma_t x_0 (arXiv 2202.00512)."""
+        if self.scheduler.config.prediction_type == "epsilon":
+            return noise
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
+        """See LoadedModel; float32 out."""
+        import torch
+
+        with self.autocast():
+            output = self.unet(noisy_latents.contiguous(memory_format=torch.channels_last), timesteps, **conditioning)
+        return output.sample.float()
+
+    def autocast(self):  # type: ignore[no-untyped-def]
+        """The one numeric recipe of policy, reference and previews."""
+        import torch
+
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Adapters off, or the frozen copy in the place of the trained UNet."""
+        import torch
+
+        with torch.no_grad():
+            if self._frozen_unet is None:
+                self.unet.disable_adapters()
+                try:
+                    yield
+                finally:
+                    self.unet.enable_adapters()
+            else:
+                policy, self.unet = self.unet, self._frozen_unet
+                try:
+                    yield
+                finally:
+                    self.unet = policy
+
+    # --- training and saving ---
+
+    def trainable(self) -> dict[str, "torch.nn.Parameter"]:
+        """See LoadedModel."""
+        return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
+
+    def enable_gradient_checkpointing(self) -> None:
+        """See LoadedModel."""
+        self.unet.enable_gradient_checkpointing()
+
+    def save(self, run_dir: Path) -> Path:
+        """Write `adapter/` as `pipe.load_lora_weights` reads it, alpha and rank in its header, or `unet/`."""
+        if self._frozen_unet is not None:
+            self.unet.save_pretrained(run_dir / "unet")
+            return run_dir / "unet"
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        config = self.unet.peft_config[_ADAPTER].to_dict()
+        self.pipeline.save_lora_weights(
+            run_dir / "adapter",
+            unet_lora_layers=convert_state_dict_to_diffusers(
+                get_peft_model_state_dict(self.unet, adapter_name=_ADAPTER)
+            ),
+            unet_lora_adapter_metadata=config,
+        )
+        return run_dir / "adapter"
+
+
+def _hash_module(*modules: "torch.nn.Module") -> str:
+    """Hash the weights themselves, so that a copy in another folder is the same model and an edited one is not."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

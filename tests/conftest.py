@@ -1,0 +1,58 @@
+"""Fixtures that many tests share: small real models and small real data."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_dpo.data import PreferencePair
+from diffusion_dpo.data.pairs import pair_row
+from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
+from diffusion_dpo.pocket.world import distinct_scenes, render
+from tests.fakes import make_stable_diffusion
+
+
+@pytest.fixture(scope="session", params=["epsilon", "v_prediction"])
+def any_sd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion, once predicting epsilon and once v."""
+    return make_stable_diffusion(tmp_path_factory.mktemp("sd") / request.param, prediction_type=request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion (epsilon)."""
+    return make_stable_diffusion(tmp_path_factory.mktemp("sd") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 10 pairs: a pocket scene is chosen over another one for its caption."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng, scenes = np.random.default_rng(0), distinct_scenes(0)
+    rows = []
+    for _ in range(10):
+        right, wrong = next(scenes), next(scenes)
+        chosen, rejected = (encode_png(render(scene, rng)) for scene in (right, wrong))
+        pair = make_pair("test", right.caption, chosen, rejected, source="test")
+        assert isinstance(pair, PreferencePair)
+        rows.append(pair_row(pair))
+    write_shard(folder / "pairs-00000.parquet", rows, PAIRS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[Image.Image]:
+    """Real photographs of different sizes and aspect ratios, among them a grayscale one; they ship with scikit-image."""
+    from skimage import data
+
+    return [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea(), data.camera())]
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    """Return an image as the bytes of a JPEG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,59 @@
+"""Order and randomness are functions of (seed, epoch, pair), of nothing else."""
+
+from collections import Counter
+
+import torch
+
+from diffusion_dpo.data.order import Visit, draw_randomness, global_batch
+
+SHAPE = (4, 8, 8)
+IDS = [f"pair-{i}" for i in range(10)]
+
+
+def draw(visits: list[Visit], seed: int = 0, dropout: float = 0.3, flip: bool = True):
+    return draw_randomness(seed, visits, IDS, SHAPE, prompt_dropout=dropout, random_flip=flip)
+
+
+def test_every_epoch_visits_every_pair_once_across_batch_borders():
+    visits = [visit for step in range(15) for visit in global_batch(0, 10, 4, step)]
+    assert Counter(visit.epoch for visit in visits) == {epoch: 10 for epoch in range(6)}
+    for epoch in range(6):
+        assert sorted(visit.index for visit in visits if visit.epoch == epoch) == list(range(10))
+
+
+def test_order_changes_with_seed_and_epoch_and_not_otherwise():
+    order = [visit.index for visit in global_batch(0, 10, 10, 0)]
+    assert order == [visit.index for visit in global_batch(0, 10, 10, 0)]
+    assert order != [visit.index for visit in global_batch(0, 10, 10, 1)]
+    assert order != [visit.index for visit in global_batch(1, 10, 10, 0)]
+
+
+def test_a_batch_larger_than_the_data_meets_a_pair_again_with_new_noise():
+    visits = global_batch(0, 2, 4, 0)
+    assert [visit.epoch for visit in visits] == [0, 0, 1, 1]
+    noise = draw(visits).noise
+    first, again = (next(i for i, v in enumerate(visits) if v == Visit(0, epoch)) for epoch in (0, 1))
+    assert not torch.equal(noise[first], noise[again])
+
+
+def test_randomness_of_a_visit_does_not_depend_on_its_batch():
+    visits = [Visit(i, 0) for i in range(10)]
+    whole = draw(visits)
+    for start in range(0, 10, 3):
+        part = draw(visits[start : start + 3])
+        assert torch.equal(part.noise, whole.noise[start : start + 3])
+        assert torch.equal(part.timestep_uniform, whole.timestep_uniform[start : start + 3])
+        assert torch.equal(part.drop_prompt, whole.drop_prompt[start : start + 3])
+        assert torch.equal(part.flip, whole.flip[start : start + 3])
+
+
+def test_shares_are_what_was_asked_for():
+    visits = [Visit(i % 10, i // 10) for i in range(4000)]
+    random = draw(visits)
+    assert abs(random.drop_prompt.float().mean() - 0.3) < 0.03
+    assert abs(random.flip.float().mean() - 0.5) < 0.03
+    assert abs(random.timestep_uniform.mean() - 0.5) < 0.02
+    assert random.timestep_uniform.min() >= 0
+    assert random.timestep_uniform.max() < 1
+    assert abs(random.noise.std() - 1) < 0.01
+    assert not draw(visits, flip=False).flip.any()

@@ -1,0 +1,97 @@
+"""A checkpoint is whole or absent, whatever happens while it is written."""
+
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from diffusion_dpo import checkpoint
+
+PARTS = {"trained": {"a": torch.arange(6.0).reshape(2, 3)}, "optimizer": {"a:step": torch.tensor(3.0)}}
+
+
+def save(folder: Path, step: int, *, keep: int = 2, value: float = 0.0) -> Path:
+    parts = {"trained": {"a": torch.full((4,), value)}, "optimizer": PARTS["optimizer"]}
+    return checkpoint.save(folder, step, parts, {"scaler": {}}, keep=keep)
+
+
+def test_what_was_saved_comes_back(tmp_path: Path):
+    checkpoint.save(tmp_path, 7, PARTS, {"scaler": {"scale": 2.0}}, keep=1)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert (found.step, found.state) == (7, {"scaler": {"scale": 2.0}})
+    assert all(torch.equal(found.parts[part][name], tensor) for part in PARTS for name, tensor in PARTS[part].items())
+
+
+def test_only_the_newest_are_kept(tmp_path: Path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path):
+    assert checkpoint.load_latest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+):
+    save(tmp_path, 10, value=1.0)
+    newest = save(tmp_path, 20, value=2.0)
+    file = newest / ("manifest.json" if damage == "manifest" else "trained.safetensors")
+    if damage == "remove":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data[:-1] if damage in ("truncate", "manifest") else data)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert found.step == 10
+    assert "step-00000020" in capsys.readouterr().out
+    save(tmp_path, 15, keep=1, value=3.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
+
+
+@pytest.mark.parametrize("call", range(12))
+def test_a_failure_at_any_moment_of_saving_leaves_the_old_one(
+    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The disk fills up at the n-th write, fsync or rename."""
+    save(tmp_path, 10, keep=1, value=1.0)
+    count = 0
+
+    def failing(real):
+        def wrapper(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == call + 1:
+                raise OSError(28, "No space left on device")
+            return real(*args, **kwargs)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing(os.replace))
+        patch.setattr(os, "fsync", failing(os.fsync))
+        patch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file))
+        failed = False
+        try:
+            save(tmp_path, 20, keep=1, value=2.0)
+        except OSError:
+            failed = True
+    assert failed == (count >= call + 1)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None
+    assert found.parts["trained"]["a"][0] == {10: 1.0, 20: 2.0}[found.step]
+    assert failed or found.step == 20
+    save(tmp_path, 30, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
+
+
+def test_nothing_is_pickled(tmp_path: Path):
+    path = save(tmp_path, 1)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
