@@ -1,4 +1,4 @@
-"""`python -m diffusion_dpo`, and `accelerate launch -m diffusion_dpo train x.yaml`."""
+"""`python -m diffusion_dpo`: the same as the command `diffusion-dpo`."""
 
 import sys
 

@@ -1,0 +1,120 @@
+"""What the documents tell people to type works: commands parse, files are there, the code of extend.md runs."""
+
+import os
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusion_dpo.cli import main
+from diffusion_dpo.config import load
+from diffusion_dpo.scorers import ScoreRequest
+from diffusion_dpo.settings import VERBS, CompareConfig, ScoreConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[Any]:
+    lines = [(path, line) for path in DOCUMENTS for block in blocks(path, "sh") for line in block.splitlines()]
+    return [pytest.param(line, id=f"{path.name}: {line[:60]}") for path, line in lines if line.strip()]
+
+
+@pytest.fixture
+def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules of extend.md, importable."""
+    for block in blocks(ROOT / "docs" / "extend.md", "python"):
+        name = block.splitlines()[0].removeprefix("# ")
+        (tmp_path / name).write_text(block, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("extensions")
+@pytest.mark.parametrize("line", commands())
+def test_command_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verbs are replaced by nothing: what is tested is that the command reaches them with settings that hold."""
+    monkeypatch.chdir(ROOT)
+    program, *arguments = shlex.split(line, comments=True)
+    if program == "diffusion-dpo":
+        for verb in (*VERBS, "demo", "doctor"):
+            module = types.ModuleType(f"diffusion_dpo.{verb}")
+            module.run = lambda config: 0  # type: ignore[attr-defined]
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+            monkeypatch.setattr(f"diffusion_dpo.{verb}", module, raising=False)
+        assert main(arguments) == 0
+    elif program.startswith("scripts/"):
+        assert os.access(ROOT / program, os.X_OK)
+        assert all((ROOT / argument).exists() for argument in arguments if argument.startswith("tests/"))
+    else:
+        assert program in {"pip", ".venv/bin/pre-commit"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_inside_the_repository_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_config_files_that_are_named_exist(path: Path) -> None:
+    for name in re.findall(r"configs/[\w/.]+\.\w+", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_settings_named_in_backticks_exist() -> None:
+    """Dotted settings in the documents, such as `loss.beta`, are settings of train or compare."""
+    from diffusion_dpo.config import settings
+
+    known = {re.sub(r"\[\w+\]", "", setting.key) for cls in (TrainConfig, CompareConfig) for setting in settings(cls)}
+    known |= {"model.type", "data.type", "loss.type"}
+    for path in DOCUMENTS:
+        for name in re.findall(r"`((?:model|data|loss|preview|before|after)\.[\w.]+)(?:=[^`]*)?`", path.read_text()):
+            assert name in known, f"{path.name}: {name}"
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_judge_of_extend_md_works() -> None:
+    (judge,) = load(ScoreConfig, None, ["scorers=[{type: 'my_judges:Warmth', gain: 2}]"]).scorers
+    images = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "gray")]
+    scores = judge.score([ScoreRequest(image) for image in images])
+    np.testing.assert_allclose(scores.values["warmth"], [2, -2, 0])
+    assert judge.metrics[0].range == (-2, 2)
+    assert judge.fingerprint() != type(judge)(type=judge.type).fingerprint()
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_objective_of_extend_md_works() -> None:
+    import torch
+
+    from diffusion_dpo.losses import PairErrors
+
+    loss = load(TrainConfig, None, ["loss.type=my_losses:Hinge", "loss.beta=2"]).loss
+    zeros = torch.zeros(3)
+    errors = PairErrors(
+        chosen=torch.tensor([0.0, -0.5, -2.0]),
+        rejected=zeros,
+        reference_chosen=zeros,
+        reference_rejected=zeros,
+        timesteps=zeros.long(),
+        log_snr=zeros,
+        label_prob=zeros + 1,
+    )
+    torch.testing.assert_close(loss(errors).loss, torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_the_readme_names_every_verb() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for verb in (*VERBS, "doctor", "demo"):
+        assert f"| `{verb}` |" in text
