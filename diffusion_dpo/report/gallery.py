@@ -9,6 +9,7 @@ from itertools import chain, islice, zip_longest
 import numpy as np
 from PIL import Image
 
+from diffusion_dpo.console import progress
 from diffusion_dpo.report import MetricScores, Pair
 from diffusion_dpo.report.statistics import pair_differences
 
@@ -98,12 +99,14 @@ def _reduce(
 ) -> list[tuple[Pair, Encoded]]:
     kept: list[tuple[Pair, Encoded]] = []
     spent = 0
-    for pair, (before, after) in images:
-        both = (_webp(before, side_px, quality), _webp(after, side_px, quality))
-        spent += len(both[0]) + len(both[1])
-        if kept and spent > budget_bytes:
-            break
-        kept.append((pair, both))
+    with progress("embed", len(images), "pairs") as advance:
+        for pair, (before, after) in images:
+            both = (_webp(before, side_px, quality), _webp(after, side_px, quality))
+            spent += len(both[0]) + len(both[1])
+            if kept and spent > budget_bytes:
+                break
+            kept.append((pair, both))
+            advance()
     return kept
 
 
@@ -111,7 +114,7 @@ def _webp(data: bytes, side_px: int, quality: int) -> bytes:
     image = _open(data).convert("RGB")
     image.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", quality=quality, method=4)
+    image.save(buffer, format="WEBP", quality=quality, method=2)
     return buffer.getvalue()
 
 

@@ -3,7 +3,7 @@
 Both intervals cover 95 %. The mean difference gets a percentile bootstrap over prompts. The win rate gets Wilson's
 score interval (J. Am. Stat. Assoc. 22, 1927) at the *effective* number of prompts, num_prompts times binomial variance
 over observed variance, as surveys do for clustered answers (Franco et al., J. Surv. Stat. Methodol. 7, 2019). With one
-seed per prompt and no ties that is Wilson's interval itself; unlike a bootstrap it stays honest when every pair is won.
+seed per prompt and no ties that is Wilson's own interval; unlike a bootstrap it stays honest when all pairs are won.
 """
 
 import math
@@ -56,8 +56,7 @@ def summarise(scores: MetricScores) -> MetricResult:
 
 def pair_differences(scores: MetricScores) -> np.ndarray:
     """Return after minus before of shape (num_prompts, seeds), NaN where either score is missing."""
-    known = np.isfinite(scores.before) & np.isfinite(scores.after)
-    return np.where(known, scores.after, np.nan) - np.where(known, scores.before, np.nan)
+    return scores.after - scores.before
 
 
 def prompt_means(values: np.ndarray) -> np.ndarray:
