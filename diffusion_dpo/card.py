@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ def save_model(model: LoadedModel, run_dir: Path) -> Path:
 def compare_overrides(config: TrainConfig) -> str:
     """Return the settings of the `compare` that follows this training."""
     pretrained = config.model.model_dump()["pretrained"]
-    return f"before.pretrained={pretrained} after.pretrained={pretrained} after.adapter_path={config.output_dir}"
+    settings = [f"before.pretrained={pretrained}", f"after.pretrained={pretrained}"]
+    return shlex.join([*settings, f"after.adapter_path={config.output_dir}"])
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
@@ -65,7 +67,7 @@ tags: [diffusion-dpo, {loss["type"]}, {"lora" if lora else "full-fine-tuning"}]
 # {config.output_dir.name}
 
 {model["pretrained"]}, tuned on {facts["num_pairs"]} preference pairs with {loss["type"].upper()} ({what}) by
-[diffusion-dpo](https://pypi.org/project/diffusion-dpo/) {__version__}.
+diffusion-dpo {__version__}.
 
 ```python
 from diffusers import {names}

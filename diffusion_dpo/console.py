@@ -47,7 +47,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Show a bar; the value is a function `advance(count=1, note="")`. Without a terminal, print a line now and then."""
+    """Show a bar; yields a function `advance(count=1, note="")`. Without a terminal, print a line now and then."""
     if _console.is_terminal:
         columns = (
             TextColumn("{task.description}"),

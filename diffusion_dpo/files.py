@@ -81,7 +81,7 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
             strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
             if strangers:
                 raise ConfigError(
-                    f"{folder} already holds {strangers[0]!r}, which {made_by} did not make; choose an empty output_dir"
+                    f"{folder} already holds {strangers[0]!r}, which {made_by} did not make; choose another output_dir"
                 )
             write_json(folder / MANIFEST, {"made_by": made_by, "complete": False, "identity": identity})
         elif manifest.get("made_by") != made_by:

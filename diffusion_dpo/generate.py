@@ -1,4 +1,4 @@
-"""`generate`: prompts -> candidates. A shard is a work unit: it is whole or absent, and a rerun makes what is missing."""
+"""`generate`: prompts -> candidates. A shard is a work unit, whole or absent; a rerun makes those that are missing."""
 
 import hashlib
 from dataclasses import dataclass

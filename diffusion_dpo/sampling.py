@@ -42,7 +42,7 @@ def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dt
 
 
 def find_adapter(path: Path) -> tuple[Literal["lora", "unet"], Path]:
-    """Return what kind of adapter a path holds, and where: a LoRA folder or file, a `unet/` folder, or a run folder."""
+    """Return what adapter a path holds, and where: a LoRA folder or file, a `unet/` folder, or a run folder."""
     for folder in (path / "adapter", path):
         if (folder / LORA_FILE).exists():
             return "lora", folder
@@ -66,7 +66,7 @@ def _add_adapter(pipeline: "DiffusionPipeline", path: Path, scale: float) -> Non
             pipeline.fuse_lora(lora_scale=scale)
             pipeline.unload_lora_weights()
         else:
-            unet = type(pipeline.unet).from_pretrained(folder, torch_dtype=pipeline.unet.dtype, use_safetensors=True)
+            unet = type(pipeline.unet).from_pretrained(folder, dtype=pipeline.unet.dtype, use_safetensors=True)
             pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last))
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"cannot put the adapter {where} on this model: {first_sentence(error)}") from error

@@ -49,8 +49,8 @@ _STEP_ZERO_TOLERANCE = 1e-3
 
 
 @dataclass
-class _Run:
-    """Everything that a step needs."""
+class Run:
+    """Everything that a training step needs."""
 
     config: TrainConfig
     model: LoadedModel
@@ -81,7 +81,7 @@ def run(config: TrainConfig) -> Path:
     with claim(config.output_dir, "train", identity):
         _write_text(config.output_dir / "config.yaml", dump(config))
         card.write_environment(config.output_dir / "environment.json")
-        state = _prepare(config, model, data, dtype)
+        state = prepare(config, model, data, dtype)
         trained_to = _train(state)
         adapter = card.save_model(model, config.output_dir)
         facts = {"steps": trained_to, "num_pairs": len(data), "drops": data.drops, "labelled_by": source.labelled_by()}
@@ -92,7 +92,8 @@ def run(config: TrainConfig) -> Path:
     return adapter
 
 
-def _prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: "torch.dtype") -> _Run:
+def prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: "torch.dtype") -> Run:
+    """Encode what is not cached, and set up the optimizer: everything up to the first step."""
     import torch
 
     side = config.resolution_px or model.resolution_px
@@ -134,7 +135,7 @@ def _prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: 
         f"{config.max_steps * config.global_batch_size / len(data):.1f} epochs, on {model.device.type} in "
         f"{str(dtype).removeprefix('torch.')}"
     )
-    return _Run(
+    return Run(
         config=config,
         model=model,
         loss=cast(Loss, config.loss),
@@ -149,7 +150,7 @@ def _prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: 
     )
 
 
-def _train(run: _Run) -> int:
+def _train(run: Run) -> int:
     """Take the steps that are left, with previews and checkpoints; return the step that was reached."""
     config = run.config
     folder = config.output_dir / "checkpoints"
@@ -179,7 +180,7 @@ def _train(run: _Run) -> int:
     return max(first, config.max_steps)
 
 
-def train_step(run: _Run, step: int) -> dict[str, float]:
+def train_step(run: Run, step: int) -> dict[str, float]:
     """Take one optimizer step (from 0) over a global batch; return its metrics, means over the batch.
 
     Raises ConfigError, before the weights are touched, when the loss or the gradient is not finite.
@@ -209,7 +210,7 @@ def train_step(run: _Run, step: int) -> dict[str, float]:
     return metrics
 
 
-def make_batch(run: _Run, visits: Sequence[Visit]) -> PairBatch:
+def make_batch(run: Run, visits: Sequence[Visit]) -> PairBatch:
     """Read some visits from the cache and draw their noise, timesteps, dropout and flips."""
     import torch
 
@@ -253,8 +254,8 @@ def _per_pair_metrics(errors: PairErrors, result: PairLoss) -> "dict[str, Tensor
     return metrics
 
 
-def _check_step_zero(run: _Run, metrics: Mapping[str, float]) -> None:
-    """Before the first update policy and reference are the same function: the cheapest detector of a wrong reference."""
+def _check_step_zero(run: Run, metrics: Mapping[str, float]) -> None:
+    """Before the first update policy and reference are one function: the cheapest detector of a wrong reference."""
     if not run.loss.needs_reference:
         return
     gap = max(abs(metrics["rewards/chosen"]), abs(metrics["rewards/rejected"]))
@@ -262,21 +263,21 @@ def _check_step_zero(run: _Run, metrics: Mapping[str, float]) -> None:
     say(f"step 0: policy and reference agree (rewards within {gap:.0e}), loss {metrics['loss']:.6f}")
 
 
-def _refuse_not_finite(run: _Run, step: int, visits: Sequence[Visit], metrics: Mapping[str, float]) -> None:
+def _refuse_not_finite(run: Run, step: int, visits: Sequence[Visit], metrics: Mapping[str, float]) -> None:
     names = [name for name, value in metrics.items() if not math.isfinite(value)]
     if run.scaler.is_enabled() and names == ["grad_norm"]:
         return  # fp16 overflow: the scaler skips this step and lowers its scale
     if names:
         pairs = ", ".join(run.pair_ids[visit.index] for visit in visits[:8])
         raise ConfigError(
-            f"step {step + 1}: {', '.join(names)} is not finite, so the run stopped before changing the weights. The batch "
-            f"held the pairs {pairs}{', ...' if len(visits) > 8 else ''}. Lower learning_rate, use bf16 or fp32 instead of "
-            f"fp16, or look at these pairs with `diffusion-dpo inspect`. The last checkpoint in "
+            f"step {step + 1}: {', '.join(names)} is not finite, so the run stopped before changing the weights. The "
+            f"batch held the pairs {pairs}{', ...' if len(visits) > 8 else ''}. Lower learning_rate, use bf16 or fp32 "
+            f"instead of fp16, or look at these pairs with `diffusion-dpo inspect`. The last checkpoint in "
             f"{run.config.output_dir / 'checkpoints'} is good"
         )
 
 
-def _resume(run: _Run, folder: Path) -> int:
+def _resume(run: Run, folder: Path) -> int:
     """Load the newest whole checkpoint into the run; return its step, 0 for a fresh start."""
     import torch
 
@@ -286,10 +287,10 @@ def _resume(run: _Run, folder: Path) -> int:
     with torch.no_grad():
         for name, parameter in run.parameters.items():
             parameter.copy_(found.parts["trained"][name])
-            run.optimizer.state[parameter] = {
-                key: found.parts["optimizer"][f"{name}:{key}"].to(parameter.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            saved = {key: found.parts["optimizer"][f"{name}:{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            # like the parameter in layout too (channels_last), or sums are taken in another order than before the stop
+            averages = {key: torch.zeros_like(parameter).copy_(saved[key]) for key in ("exp_avg", "exp_avg_sq")}
+            run.optimizer.state[parameter] = {"step": saved["step"].to(parameter.device), **averages}
     if found.state["scaler"]:
         run.scaler.load_state_dict(found.state["scaler"])
     if found.step >= run.config.max_steps:
@@ -299,7 +300,7 @@ def _resume(run: _Run, folder: Path) -> int:
     return found.step
 
 
-def _save(run: _Run, folder: Path, step: int) -> None:
+def _save(run: Run, folder: Path, step: int) -> None:
     optimizer = {
         f"{name}:{key}": value.cpu()
         for name, parameter in run.parameters.items()
@@ -312,7 +313,7 @@ def _save(run: _Run, folder: Path, step: int) -> None:
     checkpoint.save(folder, step, parts, {"scaler": run.scaler.state_dict()}, keep=run.config.checkpoints_total_limit)
 
 
-def _preview(run: _Run, step: int) -> None:
+def _preview(run: Run, step: int) -> None:
     """Draw the preview prompts into `previews/step-XXXXXXXX/`, always with the same seeds."""
     import torch
 

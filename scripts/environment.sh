@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: goes to the repository root, and makes or reuses .venv there.
 #
-# PYTHON=/path/to/python3.x chooses the interpreter; otherwise the newest one from 3.11 on that can make environments.
+# PYTHON=/path/to/python3.x chooses the interpreter; otherwise 3.11, which the versions are tested with, or a later one.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,7 +9,7 @@ note() { printf '\n== %s\n' "$*"; }
 
 find_python() {
     local name
-    for name in ${PYTHON:-python3.14 python3.13 python3.12 python3.11 python3}; do
+    for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
         if "$name" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return

@@ -136,7 +136,9 @@ def export(work: Path, seed: int, target: Path) -> None:
     load_stage(work, "vae", {"vae": vae})
     load_stage(work, "unet", {"unet": unet, "text_encoder": text_encoder})
     vae.register_to_config(scaling_factor=latent_scale(work, vae, seed))
-    scheduler = DDIMScheduler.from_config(build_scheduler().config, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler.from_config(
+        build_scheduler().config, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -204,10 +206,8 @@ def run_stage(
         if (step + 1) % SAVE_EVERY_STEPS == 0 or step + 1 == steps:
             spent = time.time() - began
             left = spent / (step + 1 - start) * (steps - step - 1) / 60
-            print(
-                f"{name} step {step + 1}/{steps} loss {np.mean(recent):.4f}, {seconds + spent:.0f} s, {left:.0f} min left",
-                flush=True,
-            )
+            passed = f"{seconds + spent:.0f} s, {left:.0f} min left"
+            print(f"{name} step {step + 1}/{steps} loss {np.mean(recent):.4f}, {passed}", flush=True)
             recent = []
             save(work, name, modules, ema, optimizer, trained, step + 1, seconds + spent)
 

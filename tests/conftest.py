@@ -45,7 +45,7 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
-    """Real photographs of different sizes and aspect ratios, among them a grayscale one; they ship with scikit-image."""
+    """Real photographs of different sizes and shapes, one of them grayscale; they ship with scikit-image."""
     from skimage import data
 
     return [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea(), data.camera())]

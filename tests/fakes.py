@@ -1,4 +1,4 @@
-"""Small real parts for the tests: a Stable Diffusion with the block layout of SD 1.5, random weights, a few seconds."""
+"""Small real parts for the tests: a Stable Diffusion with the block layout of SD 1.5 and random weights."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def make_stable_diffusion(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Write a StableDiffusionPipeline with SD 1.5's layout (f = 8, three cross-attention levels) and random weights."""
+    """Write a StableDiffusionPipeline with SD 1.5's layout (f = 8, three cross-attention levels), random weights."""
     torch.manual_seed(seed)
     tokenizer = _tokenizer()
     unet = UNet2DConditionModel(

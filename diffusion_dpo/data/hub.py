@@ -23,7 +23,7 @@ class HubData(PairSource):
     """
 
     path: str
-    """A local Parquet file or folder, or the id of a data set on the hub, such as `yuvalkirstain/pickapic_v2`."""
+    """A local Parquet file or folder, or the id of a data set on the hub, `owner/name`."""
     revision: str | None = None
     """Branch, tag or commit on the hub; `refs/convert/parquet` for a data set that is not stored as Parquet."""
     split: str = "train"

@@ -28,8 +28,8 @@ class Prompt:
 def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool = False) -> list[Prompt]:
     """Return the prompts of a .txt, .tsv or .jsonl file, in its order; for None, prompts of the pocket world.
 
-    `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises ConfigError
-    for a file that is missing, unreadable, without a `prompt` column, or empty.
+    `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises
+    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty.
     """
     if path is None:
         scenes = islice(distinct_scenes(0, held_out=held_out), limit or NUM_POCKET_PROMPTS)

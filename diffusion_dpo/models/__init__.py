@@ -19,8 +19,8 @@ class DiffusionModel(Plugin):
     def load(self, *, device: "torch.device", dtype: "torch.dtype", seed: int) -> "LoadedModel":
         """Load the weights and add what is trained, initialised from `seed`.
 
-        `dtype` is that of the frozen parts and of the autocast; trained weights are float32. Raises ConfigError when the
-        weights cannot be had.
+        `dtype` is that of the frozen parts and of the autocast; trained weights are float32. Raises ConfigError when
+        the weights cannot be had.
         """
         raise NotImplementedError
 

@@ -25,9 +25,13 @@ def load_base(
     The safety checker is left out: a judged or compared image must be what the model drew. Raises ConfigError when the
     model cannot be had.
     """
+    import diffusers.utils.logging
     import torch
+    import transformers.utils.logging
     from diffusers import DiffusionPipeline
 
+    diffusers.utils.logging.disable_progress_bar()  # ours say more, and theirs break them
+    transformers.utils.logging.disable_progress_bar()
     source = str(POCKET_DIR) if pretrained == "pocket" else pretrained
     if pretrained == "pocket" and not (POCKET_DIR / "model_index.json").exists():
         raise ConfigError(f"the pocket model is not installed at {POCKET_DIR}; scripts/train_pocket.py makes it")
@@ -36,7 +40,7 @@ def load_base(
             source,
             revision=revision,
             variant=variant,
-            torch_dtype=dtype,
+            dtype=dtype,
             use_safetensors=True,
             safety_checker=None,
             requires_safety_checker=False,
@@ -68,6 +72,6 @@ def _explain(name: str, error: Exception) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         return f"there is no folder {name}, and it is no hub id (owner/name)"
     return (
-        f"cannot get {name!r} from the hub: {first_sentence(error)}. Check the name, the network and, for a gated model, "
-        f"`hf auth login`; or give a local folder"
+        f"cannot get {name!r} from the hub: {first_sentence(error)}. Check the name, the network and, for a gated "
+        f"model, `hf auth login`; or give a local folder"
     )

@@ -25,7 +25,7 @@ _NAMES = tuple(COLORS)
 
 @dataclass(frozen=True)
 class SeenItem:
-    """An object found in an image: its names (shape None where unrecognisable), centre (x, y) px and overlap [0, 1]."""
+    """An object found in an image: its names (shape None if unrecognisable), centre (x, y) px, overlap in [0, 1]."""
 
     color: str
     shape: str | None
@@ -98,7 +98,7 @@ def _nearest(color: np.ndarray) -> str:
 
 
 def _describe(pixels: np.ndarray, core: np.ndarray, color: str, background: str) -> SeenItem:
-    """Fit every template to one region: its pixels are those nearer to the object's colour than to the background's."""
+    """Fit every template to a region: the pixels nearer to the object's colour than to the background's."""
     own, other = np.array(COLORS[color], np.float32), np.array(COLORS[background], np.float32)
     coverage = ((pixels - other) @ (own - other)) / ((own - other) ** 2).sum()
     mask = (coverage > 0.5) & ndimage.binary_dilation(core, iterations=2)

@@ -1,0 +1,139 @@
+"""The latent cache gives back what the encoders made, survives being cut off, and is not used for other inputs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_dpo.data import PreferencePair, cache
+from diffusion_dpo.data.shards import encode_png
+
+SIDE = 32
+
+
+def make_pairs(count: int) -> list[PreferencePair]:
+    rng = np.random.default_rng(0)
+
+    def noise_image() -> bytes:
+        width, height = rng.integers(SIDE, 2 * SIDE, 2)
+        return encode_png(Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)))
+
+    return [PreferencePair(f"pair-{i}", f"prompt {i % 3}", noise_image(), noise_image()) for i in range(count)]
+
+
+class CountingEncoders:
+    """Encoders that are easy to check: latents are the image in small, conditioning is the text's length."""
+
+    def __init__(self) -> None:
+        self.images_seen = 0
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        self.images_seen += len(images)
+        assert images.shape[1:] == (3, SIDE, SIDE)
+        assert images.min() >= -1
+        assert images.max() <= 1
+        return torch.nn.functional.avg_pool2d(images, 8) + 0 * noise[:, :3]
+
+    def make(self) -> cache.Encoders:
+        return cache.Encoders(
+            images=self.encode,
+            prompts=lambda texts: {"text": torch.tensor([[float(len(text))] for text in texts])},
+            fingerprint="f",
+            latent_shape=(3, 4, 4),
+            resolution_px=SIDE,
+            dtype=torch.float32,
+            batch_size=4,
+        )
+
+
+def build(root: Path, pairs: list[PreferencePair], encoders: cache.Encoders, *, random_flip: bool = False):
+    ids, prompts = [pair.pair_id for pair in pairs], [pair.prompt for pair in pairs]
+    return cache.build(root, pairs, ids, prompts, encoders, random_flip=random_flip)
+
+
+def expected_latents(pair: PreferencePair, side: str, encoders: cache.Encoders) -> torch.Tensor:
+    image = cache.to_square(cache.decode_rgb(getattr(pair, side)), SIDE)
+    pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return encoders.images(pixels, torch.zeros(1, 3, 4, 4))[0]
+
+
+def test_latents_and_conditioning_belong_to_their_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "PAIRS_PER_FILE", 5)
+    monkeypatch.setattr(cache, "PROMPTS_PER_FILE", 2)
+    pairs, encoders = make_pairs(13), CountingEncoders().make()
+    opened = build(tmp_path, pairs, encoders)
+    wanted = [12, 0, 7]
+    chosen, rejected = opened.latents(wanted, [False] * 3)
+    for row, index in enumerate(wanted):
+        torch.testing.assert_close(chosen[row], expected_latents(pairs[index], "chosen", encoders))
+        torch.testing.assert_close(rejected[row], expected_latents(pairs[index], "rejected", encoders))
+    assert opened.conditioning([0, 1], [False, True])["text"].tolist() == [[8.0], [0.0]]
+
+
+def test_flipped_latents_are_those_of_the_mirrored_images(tmp_path: Path):
+    pairs, encoders = make_pairs(3), CountingEncoders().make()
+    opened = build(tmp_path, pairs, encoders, random_flip=True)
+    plain, mirrored = (opened.latents([1], [flip]) for flip in (False, True))
+    for a, b in zip(plain, mirrored, strict=True):
+        torch.testing.assert_close(a.flip(3), b)
+
+
+def test_a_second_build_encodes_nothing_and_a_damaged_file_alone_is_made_again(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "PAIRS_PER_FILE", 4)
+    pairs, counting = make_pairs(10), CountingEncoders()
+    build(tmp_path, pairs, counting.make())
+    assert counting.images_seen == 20
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    build(tmp_path, pairs, counting.make())
+    assert counting.images_seen == 20
+    damaged = sorted(tmp_path.rglob("pairs-*.safetensors"))[1]
+    damaged.write_bytes(files[damaged][:-7])
+    build(tmp_path, pairs, counting.make())
+    assert counting.images_seen == 28
+    assert "is damaged" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
+
+
+def test_an_interrupted_build_keeps_its_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cache, "PAIRS_PER_FILE", 4)
+    pairs, counting = make_pairs(10), CountingEncoders()
+
+    def stopping(images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        if counting.images_seen >= 12:
+            raise KeyboardInterrupt
+        return counting.encode(images, noise)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, pairs, replace(counting.make(), images=stopping))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["pairs-00000.safetensors"]
+    build(tmp_path, pairs, counting.make())
+    assert counting.images_seen == 12 + 12
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "resolution", "dtype", "pairs", "flip"])
+def test_other_inputs_get_another_cache(tmp_path: Path, change: str):
+    pairs, encoders = make_pairs(4), CountingEncoders().make()
+    build(tmp_path, pairs, encoders)
+    if change == "fingerprint":
+        encoders = replace(encoders, fingerprint="g")
+    elif change == "dtype":
+        encoders = replace(encoders, dtype=torch.float16)
+    elif change == "pairs":
+        pairs = pairs[1:]
+    elif change == "resolution":
+        encoders = replace(encoders, resolution_px=64, images=lambda images, noise: noise)
+    build(tmp_path, pairs, encoders, random_flip=change == "flip")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (33, 47), (500, 31)])
+def test_the_crop_is_the_middle_of_the_scaled_image(size: tuple[int, int]):
+    gradient = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    gradient[:, :, 0] = np.linspace(0, 255, size[0])[None]
+    gradient[:, :, 1] = np.linspace(0, 255, size[1])[:, None]
+    square = np.asarray(cache.to_square(Image.fromarray(gradient), SIDE), dtype=float)
+    assert square.shape == (SIDE, SIDE, 3)
+    assert square[:, :, :2].mean((0, 1)) == pytest.approx([127.5, 127.5], abs=6)

@@ -1,0 +1,84 @@
+"""Prompts from files: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data.prompts import NUM_POCKET_PROMPTS, read_prompts
+from diffusion_dpo.pocket.world import is_held_out, parse_caption
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_three_formats_give_the_same_prompts(tmp_path: Path):
+    files = [
+        write(tmp_path, "a.txt", "a red circle\n\n  a blue square \n"),
+        write(tmp_path, "a.tsv", "Category\tPrompt\nx\ta red circle\ny\ta blue square\n"),
+        write(tmp_path, "a.jsonl", '{"prompt": "a red circle"}\n{"prompt": "a blue square"}\n'),
+    ]
+    read = [read_prompts(path) for path in files]
+    assert read[0] == read[1] == read[2]
+    assert [prompt.text for prompt in read[0]] == ["a red circle", "a blue square"]
+
+
+def test_an_id_is_the_content_unless_it_is_given_and_never_the_position(tmp_path: Path):
+    forward = read_prompts(write(tmp_path, "a.txt", "one\ntwo\n"))
+    backward = read_prompts(write(tmp_path, "b.txt", "two\none\n"))
+    assert forward == backward[::-1]
+    given = read_prompts(write(tmp_path, "c.jsonl", '{"id": 7, "prompt": "one"}\n'))
+    assert given[0].id == "7"
+
+
+def test_repeats_are_used_once_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert len(read_prompts(write(tmp_path, "a.txt", "one\none\ntwo\n"))) == 2
+    assert "1 repeated prompts" in capsys.readouterr().out
+
+
+def test_references_are_read_beside_the_file(tmp_path: Path):
+    (tmp_path / "face.png").write_bytes(b"png")
+    path = write(tmp_path, "a.jsonl", '{"prompt": "one", "references": ["face.png"]}\n')
+    assert read_prompts(path)[0].references == (b"png",)
+
+
+def test_pocket_prompts_are_split_by_content():
+    training, held_out = (read_prompts(None, held_out=side) for side in (False, True))
+    assert len(training) == len(held_out) == NUM_POCKET_PROMPTS
+    for prompts, side in ((training, False), (held_out, True)):
+        assert all(is_held_out(parse_caption(prompt.text)) == side for prompt in prompts)
+    assert len(read_prompts(None, limit=5)) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt\n", r"must end in .txt, .tsv or .jsonl"),
+        ("a.txt", "\n \n", "holds no prompts"),
+        ("a.tsv", "text\tid\nx\t1\n", "must name a column `prompt`; it names text, id"),
+        ("a.jsonl", '{"prompt": "one"}\n{oops\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "one"}\n', "line 1 needs a text `prompt`"),
+        ("a.jsonl", '{"prompt": "one", "references": "x.png"}\n', "`references` must be a list"),
+        ("a.jsonl", '{"prompt": "one", "references": ["absent.png"]}\n', r"there is no file .*absent.png"),
+        (
+            "a.jsonl",
+            '{"prompt": "one", "id": 1}\n{"prompt": "two", "id": 1}\n',
+            "two different prompts have the id '1'",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(write(tmp_path, name, text))
+
+
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff\xfe\x00\xd8")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_prompts(path)
+    with pytest.raises(ConfigError, match="there is no file"):
+        read_prompts(tmp_path / "absent.txt")
