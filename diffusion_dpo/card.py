@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import shlex
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_dpo import __version__
+from diffusion_dpo.config import command
 from diffusion_dpo.files import atomic_path, fsync_folder, write_json
 from diffusion_dpo.models import LoadedModel
 from diffusion_dpo.settings import TrainConfig
@@ -41,11 +41,15 @@ def save_model(model: LoadedModel, run_dir: Path) -> Path:
     return final
 
 
-def compare_overrides(config: TrainConfig) -> str:
-    """Return the settings of the `compare` that follows this training."""
+def compare_command(config: TrainConfig) -> str:
+    """Return the command that compares the result of this training with its base."""
     pretrained = config.model.model_dump()["pretrained"]
-    settings = [f"before.pretrained={pretrained}", f"after.pretrained={pretrained}"]
-    return shlex.join([*settings, f"after.adapter_path={config.output_dir}"])
+    settings = {
+        "before.pretrained": pretrained,
+        "after.pretrained": pretrained,
+        "after.adapter_path": config.output_dir,
+    }
+    return command("compare", settings)
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
@@ -86,7 +90,7 @@ image = pipe("{(config.preview.prompts or ("your prompt",))[0]}").images[0]
 | seed | {config.seed} |
 
 Everything else is in `config.yaml` and `environment.json`; what happened at every step is in `metrics.jsonl`. How the
-images changed, with intervals: `diffusion-dpo compare {compare_overrides(config)}`.
+images changed, with intervals: `{compare_command(config)}`.
 """
     with atomic_path(config.output_dir / "README.md") as partial:
         partial.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ draws it in the same batches. Equal images have equal scores: a model compared w
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -336,7 +337,7 @@ def _rows(candidate: Candidate, verdicts: dict[str, Verdict], fingerprint: str) 
 
 def _made_with(config: CompareConfig, device: "torch.device", identity: dict[str, Any]) -> dict[str, Any]:
     return {
-        "command": f"diffusion-dpo compare {config.output_dir / 'config.yaml'}",
+        "command": shlex.join(["diffusion-dpo", "compare", str(config.output_dir / "config.yaml")]),
         **{name: identity[name] for name in (*SIDES, "sampling", "seed", "precision")},
         "device": device.type,
         "scorers": {scorer.metrics[0].name: scorer.fingerprint() for scorer in config.scorers},

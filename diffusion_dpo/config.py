@@ -6,10 +6,12 @@ differences, and `load(dump(config)) == config`.
 
 import difflib
 import functools
+import json
 import re
+import shlex
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -93,6 +95,23 @@ def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
 def dump(config: Config) -> str:
     """Return the complete settings as YAML that `load` reads back into an equal config."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+
+
+def override(key: str, value: object) -> str:
+    """Return `key=value` as `load` reads it back: a text that YAML would take for something else is quoted."""
+    if not isinstance(value, str | Path):
+        return f"{key}={json.dumps(value, separators=(',', ':'))}"
+    text = str(value)
+    try:
+        plain = yaml.load(text, _Loader) == text  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(text)}"
+
+
+def command(verb: str, settings: Mapping[str, object]) -> str:
+    """Return the line that runs a verb with these settings in a shell."""
+    return shlex.join(["diffusion-dpo", verb, *(override(key, value) for key, value in settings.items())])
 
 
 class Setting(typing.NamedTuple):

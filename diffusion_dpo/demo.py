@@ -4,27 +4,18 @@ Pairs are labelled by CLIP alone. Success is measured with `pocket_scene`, which
 facts and took no part in the training, on prompts whose scenes were kept out of everything before.
 """
 
-import json
-import re
-import shlex
+import importlib
 import shutil
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
-from diffusion_dpo import compare, generate, pair, score, train
-from diffusion_dpo.config import load
+from diffusion_dpo.config import command, load, override
 from diffusion_dpo.console import say
 from diffusion_dpo.files import atomic_path, claim, finish
 from diffusion_dpo.pocket.world import distinct_scenes
-from diffusion_dpo.settings import (
-    CompareConfig,
-    DemoConfig,
-    GenerateConfig,
-    PairConfig,
-    ScoreConfig,
-    TrainConfig,
-)
+from diffusion_dpo.settings import VERBS, DemoConfig
 
 NUM_TRAINING_PROMPTS = 96
 NUM_HELD_OUT_PROMPTS = 96
@@ -34,52 +25,47 @@ def run(config: DemoConfig) -> Path:
     """Run what is missing of the pipeline into `output_dir`; return the path of the report."""
     began = time.monotonic()
     folder, seed = config.output_dir, config.seed
+    prompts, held_out = folder / "prompts.txt", folder / "held-out-prompts.txt"
+    candidates, pairs, tuned, comparison = (folder / name for name in ("candidates", "pairs", "train", "compare"))
     with claim(folder, "demo", {"seed": seed}):
-        prompts, held_out = folder / "prompts.txt", folder / "held-out-prompts.txt"
         _write_prompts(prompts, seed, NUM_TRAINING_PROMPTS, held_out=False)
         _write_prompts(held_out, seed, NUM_HELD_OUT_PROMPTS, held_out=True)
-        candidates, pairs, tuned, comparison = (folder / name for name in ("candidates", "pairs", "train", "compare"))
-
-        settings = [
-            _path("prompts_path", prompts),
-            "num_images_per_prompt=8",
-            f"seed={seed}",
-            _path("output_dir", candidates),
-        ]
-        _announce(1, "draw candidates", "generate", settings)
-        generate.run(load(GenerateConfig, None, settings))
-
-        settings = [_path("path", candidates), "scorers=[clip]"]
-        _announce(2, "let CLIP judge them", "score", settings)
-        score.run(load(ScoreConfig, None, settings))
-
-        settings = [_path("path", candidates), "strategy=top_bottom", "top_k=2", _path("output_dir", pairs)]
-        _announce(3, "build preference pairs", "pair", settings)
-        pair.run(load(PairConfig, None, settings))
-
-        settings = [
-            _path("data.path", pairs),
-            "model.lora=null",
-            "learning_rate=2e-5",
-            "max_steps=150",
-            "global_batch_size=32",
-            "per_device_batch_size=32",
-            f"seed={seed}",
-            _path("output_dir", tuned),
-        ]
-        _announce(4, "tune the model with Diffusion-DPO", "train", settings)
-        train.run(load(TrainConfig, None, settings))
-
-        settings = [
-            _path("after.adapter_path", tuned),
-            _path("prompts_path", held_out),
-            "scorers=[clip,pocket_scene]",
-            f"seed={seed}",
-            _path("output_dir", comparison),
-        ]
-        _announce(5, "compare before and after on held-out prompts", "compare", settings)
-        compare.run(load(CompareConfig, None, settings))
-
+        _step(
+            "[1/5] draw candidates: eight images for every prompt",
+            "generate",
+            {"prompts_path": prompts, "num_images_per_prompt": 8, "seed": seed, "output_dir": candidates},
+        )
+        _step("[2/5] let CLIP judge them", "score", {"path": candidates, "scorers": ["clip"]})
+        _step(
+            "[3/5] build preference pairs: each of the best two against each of the worst two",
+            "pair",
+            {"path": candidates, "strategy": "top_bottom", "output_dir": pairs},
+        )
+        _step(
+            "[4/5] tune the model on them with Diffusion-DPO",
+            "train",
+            {
+                "data.path": pairs,
+                "model.lora": None,
+                "learning_rate": 2e-5,
+                "max_steps": 150,
+                "global_batch_size": 32,
+                "per_device_batch_size": 32,
+                "seed": seed,
+                "output_dir": tuned,
+            },
+        )
+        _step(
+            "[5/5] compare before and after, on prompts that were held out",
+            "compare",
+            {
+                "after.adapter_path": tuned,
+                "prompts_path": held_out,
+                "scorers": ["clip", "pocket_scene"],
+                "seed": seed,
+                "output_dir": comparison,
+            },
+        )
         for name in ("report.json", "report.html"):
             with atomic_path(folder / name) as partial:
                 shutil.copyfile(comparison / name, partial)
@@ -90,15 +76,11 @@ def run(config: DemoConfig) -> Path:
     return report
 
 
-def _announce(number: int, what: str, verb: str, settings: list[str]) -> None:
-    """Say what comes and the command that does it alone."""
-    say(f"\n[{number}/5] {what}\n$ diffusion-dpo {verb} {shlex.join(settings)}")
-
-
-def _path(key: str, path: Path) -> str:
-    """A setting whose value is a path, quoted where YAML would read something else into it."""
-    plain = re.fullmatch(r"[\w./][\w./-]*", str(path))
-    return f"{key}={path if plain else json.dumps(str(path))}"
+def _step(what: str, verb: str, settings: Mapping[str, object]) -> None:
+    """Say what comes and the command that does it alone, then do it."""
+    say(f"\n{what}\n$ {command(verb, settings)}")
+    module = importlib.import_module(f"diffusion_dpo.{verb}")
+    module.run(load(VERBS[verb], None, [override(key, value) for key, value in settings.items()]))
 
 
 def _write_prompts(path: Path, seed: int, count: int, *, held_out: bool) -> None:

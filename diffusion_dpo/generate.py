@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_dpo.config import command
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.prompts import Prompt, read_prompts
@@ -54,7 +55,7 @@ def run(config: GenerateConfig) -> Path:
         else:
             say(f"generate: all {len(todo)} candidates are there already")
         finish(config.output_dir, "generate", identity, num_prompts=len(prompts), num_images=len(todo))
-    say(f"candidates: {config.output_dir}\nnext: diffusion-dpo score path={config.output_dir}")
+    say(f"candidates: {config.output_dir}\nnext: {command('score', {'path': config.output_dir})}")
     return config.output_dir
 
 

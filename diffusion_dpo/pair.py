@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion_dpo.config import ConfigError
+from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.candidates import Candidate, Unit, find_units
@@ -126,7 +126,7 @@ def run(config: PairConfig) -> Path:
                 drops=dict(sorted(drops.items())),
             )
     say(f"{num_pairs} pairs of {len(plan)} prompts; dropped: {dropped}")
-    say(f"pairs: {config.output_dir}\nnext: diffusion-dpo train data.path={config.output_dir}")
+    say(f"pairs: {config.output_dir}\nnext: {command('train', {'data.path': config.output_dir})}")
     return config.output_dir
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusion_dpo.config import ConfigError
+from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data.candidates import Candidate, Unit, find_units
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
@@ -50,12 +50,12 @@ def run(config: ScoreConfig) -> Path:
             lines += _summary(scorer, _Scoring(scorer, config, folder, device).run(units))
         if elsewhere:
             finish(folder, "score", identity, num_images=num_images)
-    hints = [f"path={config.path}"]
+    following: dict[str, object] = {"path": config.path}
     if elsewhere:
-        hints.append(f"scores_dir={folder}")
+        following["scores_dir"] = folder
     if len(mains) > 1:
-        hints.append(f"metric={mains[0]}")
-    say("\n".join([*lines, f"scores: {folder}", f"next: diffusion-dpo pair {' '.join(hints)}"]))
+        following["metric"] = mains[0]
+    say("\n".join([*lines, f"scores: {folder}", f"next: {command('pair', following)}"]))
     return folder
 
 

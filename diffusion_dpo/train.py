@@ -88,7 +88,7 @@ def run(config: TrainConfig) -> Path:
         card.write_card(config, adapter, facts)
         finish(config.output_dir, "train", identity, **facts)
     say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
-    say(f"next: diffusion-dpo compare {card.compare_overrides(config)}")
+    say(f"next: {card.compare_command(config)}")
     return adapter
 
 

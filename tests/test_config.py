@@ -1,5 +1,6 @@
 """Settings: reading, overriding, refusing; and the help that is made of them."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from diffusion_dpo.cli_help import describe_settings
-from diffusion_dpo.config import Config, ConfigError, Plugin, dump, load, plugin, settings
+from diffusion_dpo.config import Config, ConfigError, Plugin, command, dump, load, plugin, settings
 from diffusion_dpo.settings import VERBS, DemoConfig, PairConfig, TrainConfig
 
 
@@ -224,3 +225,34 @@ def test_help_fits_and_is_complete(cls: type[Config], width: int) -> None:
         assert "[number, > 0]" in text
     if cls is PairConfig:
         assert "[best_worst | top_bottom]" in text
+
+
+VALUES = [
+    "runs #2",
+    "1e3",
+    "true",
+    "a: b",
+    "null",
+    "",
+    "plain/path",
+    "it's $HOME",
+    'say "x"',
+    "[a]",
+    None,
+    3,
+    ["a", "b"],
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_command_is_read_back_as_it_was_meant_through_the_shell_and_yaml(value: object) -> None:
+    class Anything(Config):
+        x: Any = 0
+
+    program, verb, *overrides = shlex.split(command("train", {"x": value}))
+    assert (program, verb) == ("diffusion-dpo", "train")
+    assert load(Anything, None, overrides).x == value
+
+
+def test_a_plain_path_is_not_quoted() -> None:
+    assert command("train", {"data.path": Path("runs/pairs")}) == "diffusion-dpo train data.path=runs/pairs"

@@ -1,4 +1,4 @@
-"""Candidates: seeds that belong to a prompt, shards that are whole or absent, and a rerun that draws what is missing."""
+"""Candidates: seeds that belong to a prompt, shards that are whole or absent, and a rerun that fills the gaps."""
 
 from pathlib import Path
 from typing import Any
