@@ -82,7 +82,7 @@ def draw_scenes(pipeline, scenes: list[Scene], guidance: float) -> list[Image.Im
 
 def clip_accuracy(images: list[Image.Image], scenes: list[Scene]) -> float:
     """Share of images whose own caption scores highest among 7 others, each with one word changed."""
-    from train_pocket import corrupt
+    from pocket_parts import corrupt
 
     rng = np.random.default_rng(8)
     clip = Clip()

@@ -29,7 +29,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES: dict[str, tuple[float, float]] = {"small": (9.0, 10.0), "large": (12.5, 13.5)}  # radius in px
 RELATIONS = ("left of", "right of", "above", "below")
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _MARGIN_PX = 2.0
 _GAP_PX = 3.0
 
@@ -89,7 +89,7 @@ def is_held_out(scene: Scene) -> bool:
     names = [f"{item.color} {item.shape}" for item in scene.items]
     relation = scene.relation or ""
     if relation in ("right of", "below"):
-        names, relation = names[::-1], _OPPOSITE[relation]
+        names, relation = names[::-1], OPPOSITE[relation]
     content = "|".join([*names, relation, scene.background])
     return hashlib.sha256(content.encode()).digest()[0] % 10 == 0
 
