@@ -97,8 +97,8 @@ def prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: "
     import torch
 
     side = config.resolution_px or model.resolution_px
-    if side % (2 * model.downscale):
-        raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {2 * model.downscale}")
+    if side % model.downscale:
+        raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {model.downscale}")
     latent_shape = (model.latent_channels, side // model.downscale, side // model.downscale)
     pair_ids, prompts = [record.pair_id for record in data.records], [record.prompt for record in data.records]
     latents = cache.build(
@@ -169,14 +169,14 @@ def _train(run: Run) -> int:
             tracker.log(step + 1, metrics)
             advance(1, f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}")
             done = step + 1
+            if done == config.max_steps or (config.preview.every_steps and done % config.preview.every_steps == 0):
+                _preview(run, done)  # before the checkpoint, which a run that was stopped continues after
             if done % config.checkpointing_steps == 0 or done == config.max_steps or stop.requested:
                 tracker.sync()
                 _save(run, folder, done)
             if stop.requested:
                 say(f"stopped after step {done}, which is saved; the same command continues there")
                 raise stop.exception
-            if done == config.max_steps or (config.preview.every_steps and done % config.preview.every_steps == 0):
-                _preview(run, done)
     return max(first, config.max_steps)
 
 

@@ -21,7 +21,7 @@ from diffusion_dpo.pocket.world import (
     sample_scene,
 )
 
-CONTEXT_LENGTH = 24
+CONTEXT_LENGTH = 24  # the longest caption has 16 tokens
 CLIP_CONFIG = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": IMAGE_SIZE_PX, "layers": 4, "width": 96, "head_width": 24, "patch_size": 8},
@@ -165,12 +165,12 @@ def build_scheduler() -> DDPMScheduler:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer whose byte-pair merges spell out the words of the grammar; other words fall into letters."""
+    """A CLIPTokenizer with one token for every word of the grammar; other words fall into letters."""
     words = {word for text in (*COLORS, *SHAPES, *SIZES, *RELATIONS, "a on background") for word in text.split()}
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)] + list("0123456789.,!?'-")
     vocabulary = letters + [f"{letter}</w>" for letter in letters]
     merges = []
-    for word in sorted(words):
+    for word in sorted(words, key=lambda word: (-len(word), word)):  # a short word's merges must not split a long one
         left = word[0]
         for i, letter in enumerate(word[1:], start=1):
             right = letter + ("</w>" if i == len(word) - 1 else "")
@@ -179,9 +179,11 @@ def build_tokenizer() -> CLIPTokenizer:
                 vocabulary.append(left + right)
             left += right
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # the end must have the highest id: CLIP pools at its argmax
-    return CLIPTokenizer(
+    tokenizer = CLIPTokenizer(
         vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, model_max_length=CONTEXT_LENGTH
     )
+    assert all(tokenizer.tokenize(word) == [f"{word}</w>"] for word in words)
+    return tokenizer
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> dict:

@@ -70,7 +70,7 @@ def train_unet(work: Path, seed: int, steps: int) -> None:
     torch.manual_seed(seed + 1)
     vae, tokenizer = build_vae(), build_tokenizer()
     load_stage(work, "vae", {"vae": vae})
-    vae.requires_grad_(False).eval()
+    vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
     scaling_factor = latent_scale(vae, seed)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     scheduler = build_scheduler()
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--stage", choices=stages, help="one stage only (default: all that are not finished)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, metavar=stages[:3], default=(7000, 2000, 6000))
+    parser.add_argument("--steps", type=int, nargs=3, metavar=stages[:3], default=(7000, 1500, 5000))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     package = Path(__file__).parents[1] / "diffusion_dpo" / "pocket" / "weights"
     parser.add_argument("--target", type=Path, default=package)

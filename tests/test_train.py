@@ -44,12 +44,17 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_state(run_dir: Path) -> dict[str, bytes]:
-    """Everything that must be equal bit for bit: the last checkpoint, the metrics and the saved weights."""
+def final_state(run_dir: Path) -> dict[str, Any]:
+    """Everything that must be equal bit for bit: the last checkpoint, the saved weights and the metrics."""
     last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     files = [*last.glob("*.safetensors"), *run_dir.glob("adapter/*.safetensors"), *run_dir.glob("unet/*.safetensors")]
     assert len(files) == 3
-    return {file.name: file.read_bytes() for file in [*files, run_dir / "metrics.jsonl"]}
+    tensors = {
+        f"{file.name} {name}": tensor.contiguous().numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+    return {**tensors, "metrics": (run_dir / "metrics.jsonl").read_text()}
 
 
 MODES = {
@@ -256,7 +261,7 @@ def test_the_run_folder_holds_what_it_promises(tiny_sd: Path, tiny_pairs: Path, 
     ("override", "message"),
     [
         ("global_batch_size=5", r"global_batch_size \(5\) must be a multiple of per_device_batch_size \(2\)"),
-        ("resolution_px=100", "resolution_px is 100; this model needs a multiple of 64"),
+        ("resolution_px=100", "resolution_px is 100; this model needs a multiple of 8"),
         ("model.lora.targets=[nonsense]", "fit no layer of the UNet"),
         ("model.pretrained=/nowhere", "there is no folder /nowhere"),
         ("data.path=/nowhere", "there is no file or folder /nowhere"),

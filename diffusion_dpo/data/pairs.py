@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.files import read_manifest
 
 _REQUIRED = ("prompt", "chosen", "rejected")
 _OPTIONAL = (
@@ -43,6 +44,11 @@ class PairsData(PairSource):
         from diffusion_dpo.data import shards
 
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+    def labelled_by(self) -> tuple[str, ...]:
+        """Return what `pair` wrote into the folder's manifest."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return tuple(read_manifest(folder).get("labelled_by", ()))
 
 
 def pair_row(pair: PreferencePair, *, seeds: Sequence[int] = ()) -> dict[str, Any]:
