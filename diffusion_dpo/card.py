@@ -11,8 +11,9 @@ from typing import Any
 
 from diffusion_dpo import __version__
 from diffusion_dpo.config import command
-from diffusion_dpo.files import atomic_path, fsync_folder, write_json
+from diffusion_dpo.files import atomic_path, fsync_file, fsync_folder, write_json
 from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.settings import TrainConfig
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "open_clip_torch", "numpy", "pillow")
@@ -26,30 +27,29 @@ def write_environment(path: Path) -> None:
 
 
 def save_model(model: LoadedModel, run_dir: Path) -> Path:
-    """Save the adapter or full UNet beside the old one and swap them, so that a kill leaves one of the two whole."""
+    """Save the adapter or full UNet; an older one is removed only once the new one is whole and in its place."""
+    for leftover in run_dir.glob(".staging-*"):
+        shutil.rmtree(leftover)
     staging = run_dir / f".staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
-    try:
-        saved = model.save(staging)
-        final = run_dir / saved.name
-        if final.exists():
-            os.replace(final, staging / "replaced")
-        os.replace(saved, final)
-        fsync_folder(run_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    saved = model.save(staging)
+    for file in saved.iterdir():
+        fsync_file(file)
+    final = run_dir / saved.name
+    if final.exists():
+        os.replace(final, staging / "replaced")
+    os.replace(saved, final)
+    fsync_folder(run_dir)
+    shutil.rmtree(staging)
     return final
 
 
 def compare_command(config: TrainConfig) -> str:
     """Return the command that compares the result of this training with its base."""
-    pretrained = config.model.model_dump()["pretrained"]
-    settings = {
-        "before.pretrained": pretrained,
-        "after.pretrained": pretrained,
-        "after.adapter_path": config.output_dir,
-    }
-    return command("compare", settings)
+    model = config.model.model_dump()
+    base = {key: model[key] for key in ("pretrained", "revision", "variant") if model.get(key) is not None}
+    sides = {f"{side}.{key}": value for side in ("before", "after") for key, value in base.items()}
+    return command("compare", {**sides, "after.adapter_path": config.output_dir})
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
@@ -62,6 +62,7 @@ def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> 
         else f'pipe.unet = UNet2DConditionModel.from_pretrained("{adapter.name}")'
     )
     what = f"LoRA of rank {lora['rank']}" if lora else "full fine-tuning of the UNet"
+    base = str(POCKET_DIR) if model["pretrained"] == "pocket" else model["pretrained"]
     names = "StableDiffusionPipeline" if lora else "StableDiffusionPipeline, UNet2DConditionModel"
     text = f"""---
 library_name: diffusers
@@ -76,9 +77,9 @@ diffusion-dpo {__version__}.
 ```python
 from diffusers import {names}
 
-pipe = StableDiffusionPipeline.from_pretrained("{model["pretrained"]}")
+pipe = StableDiffusionPipeline.from_pretrained({base!r})
 {loading}
-image = pipe("{(config.preview.prompts or ("your prompt",))[0]}").images[0]
+image = pipe({(config.preview.prompts or ("your prompt",))[0]!r}).images[0]
 ```
 
 | setting | value |

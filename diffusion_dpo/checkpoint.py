@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.console import warn
-from diffusion_dpo.files import fsync_folder
+from diffusion_dpo.files import fsync_file, fsync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,10 +53,10 @@ def save(
             path = staging / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            _fsync(path)
+            fsync_file(path)
         manifest = staging / _MANIFEST
         manifest.write_text(json.dumps({"step": step, "state": dict(state), "files": files}, indent=2))
-        _fsync(manifest)
+        fsync_file(manifest)
         fsync_folder(staging)
         final = folder / f"step-{step:08d}"
         if final.exists():  # a damaged one of the same step, or it would have been resumed from
@@ -66,11 +66,11 @@ def save(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+    older = sorted((path for path in folder.glob("step-*") if path.name < final.name), reverse=True)
     newer = [
         path for path in folder.glob("step-*") if path.name > final.name
     ]  # damaged: the run came from before them
-    for path in [*older[: len(older) - (keep - 1)], *newer]:
+    for path in [*older[keep - 1 :], *newer]:
         shutil.rmtree(path)
     return final
 
@@ -108,8 +108,3 @@ def _fault(path: Path) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -202,6 +202,8 @@ def _refusal(error: Exception, config: Config) -> str | None:
         return f"no space left on the disk of {where}. What was finished is kept: free some, then run the same again"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{where}: {os.strerror(number)}. Choose another folder, or mend its permissions"
+    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return f"{where}: {os.strerror(number)}. Give a folder that exists or can be made"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return (
             f"out of memory: {text.splitlines()[0] if text else 'the machine has no more'}\n"

@@ -28,7 +28,7 @@ from diffusion_dpo.files import atomic_path, claim, finish, read_manifest
 from diffusion_dpo.report import Gallery, MetricScores, Pair, Report, words
 from diffusion_dpo.report.html import write_report
 from diffusion_dpo.report.statistics import METHODS, summarise
-from diffusion_dpo.sampling import DrawRequest, draw, find_adapter, image_seed, load_pipeline
+from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, weights_hash
 from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.scorers.judge import Judge, check_metrics
 from diffusion_dpo.settings import CompareConfig, ImageModel
@@ -145,25 +145,9 @@ def _identity(config: CompareConfig, prompts: Sequence[Prompt], dtype: "torch.dt
     """Everything that decides the images, the content of local weights included."""
     decisive = config.model_dump(mode="json", include={"before", "after", "seeds_per_prompt", "sampling", "seed"})
     for side, model in zip(SIDES, (config.before, config.after), strict=True):
-        decisive[side]["weights"] = _weights_hash(model)
+        decisive[side]["weights"] = weights_hash(model)
     contents = [(p.id, p.text, [hashlib.sha256(data).hexdigest() for data in p.references]) for p in prompts]
     return decisive | {"prompts": _hash(contents), "precision": str(dtype).removeprefix("torch.")}
-
-
-def _weights_hash(model: ImageModel) -> str:
-    """Hash the files of a local model and of its adapter: the same path may hold other weights tomorrow."""
-    roots = [Path(model.pretrained)] if Path(model.pretrained).is_dir() else []
-    if model.adapter_path is not None:
-        roots.append(find_adapter(model.adapter_path)[1])
-    seen = []
-    for root in roots:
-        files = (
-            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
-        )
-        for file in files:
-            with file.open("rb") as stream:
-                seen.append([file.name, hashlib.file_digest(stream, "sha256").hexdigest()])
-    return _hash(seen) if seen else ""
 
 
 def _describe(model: ImageModel) -> str:

@@ -29,7 +29,9 @@ class ConfigError(ValueError):
 class Config(BaseModel):
     """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,8 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 
 MANIFEST = "manifest.json"
+_PREAMBLE = {MANIFEST, "config.yaml", "environment.json"}
+"""What a verb writes into its folder before it makes anything."""
 
 
 @contextmanager
@@ -26,6 +28,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fsync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def fsync_folder(folder: Path) -> None:
@@ -77,12 +85,14 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
                 f"another process is working in {folder}; wait for it, or choose another output_dir"
             ) from None
         manifest = read_manifest(folder)
+        content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if not manifest and content:
+            raise ConfigError(
+                f"{folder} already holds {content[0]!r}, which {made_by} did not make; choose another output_dir"
+            )
+        if manifest and set(content) <= _PREAMBLE and not manifest.get("complete"):
+            manifest = {}  # it failed before it made anything, on a wrong setting say: nothing binds it to those
         if not manifest:
-            strangers = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
-            if strangers:
-                raise ConfigError(
-                    f"{folder} already holds {strangers[0]!r}, which {made_by} did not make; choose another output_dir"
-                )
             write_json(folder / MANIFEST, {"made_by": made_by, "complete": False, "identity": identity})
         elif manifest.get("made_by") != made_by:
             raise ConfigError(

@@ -12,7 +12,7 @@ from diffusion_dpo.data.prompts import Prompt, read_prompts
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
-from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline
+from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, weights_hash
 from diffusion_dpo.settings import GenerateConfig
 
 if TYPE_CHECKING:
@@ -34,18 +34,19 @@ def run(config: GenerateConfig) -> Path:
         for prompt in prompts
         for index in range(config.num_images_per_prompt)
     ]
-    identity = _identity(config, prompts)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.mixed_precision, device)
+    precision = str(dtype).removeprefix("torch.")
+    identity = _identity(config, prompts) | {"weights": weights_hash(config.model), "precision": precision}
     shards = [todo[start : start + config.shard_size] for start in range(0, len(todo), config.shard_size)]
     with claim(config.output_dir, "generate", identity):
         paths = [config.output_dir / f"images-{number:05d}.parquet" for number in range(len(shards))]
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         done = len(todo) - sum(len(shards[number]) for number in missing)
         if missing:
-            device = pick_device(config.device)
-            dtype = pick_dtype(config.mixed_precision, device)
             say(
                 f"generate: {len(prompts)} prompts x {config.num_images_per_prompt} images with "
-                f"{config.model.pretrained} on {device.type} in {str(dtype).removeprefix('torch.')}"
+                f"{config.model.pretrained} on {device.type} in {precision}"
                 + (f"; {done} of {len(todo)} are there already" if done else "")
             )
             pipeline = load_pipeline(config.model, device=device, dtype=dtype)
@@ -93,6 +94,7 @@ def _identity(config: GenerateConfig, prompts: list[Prompt]) -> dict[str, Any]:
     decisive = config.model_dump(
         mode="json", include={"num_images_per_prompt", "model", "sampling", "seed", "shard_size"}
     )
+    del decisive["sampling"]["batch_size"]
     return decisive | {
         "prompts": _hash(repr([(p.id, p.text, [_hash(r.hex()) for r in p.references]) for p in prompts]))
     }

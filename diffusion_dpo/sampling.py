@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models.pipeline import first_sentence, load_base
+from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
 from diffusion_dpo.settings import ImageModel, Sampling
 
 if TYPE_CHECKING:
@@ -55,20 +55,46 @@ def find_adapter(path: Path) -> tuple[Literal["lora", "unet"], Path]:
     raise ConfigError(f"adapter_path {path} {what} {LORA_FILE} (a LoRA) nor unet/config.json (a full UNet)")
 
 
+def weights_hash(model: ImageModel) -> str:
+    """Hash the files of a local model and of its adapter: the same path may hold other weights tomorrow."""
+    roots = [Path(model.pretrained)] if Path(model.pretrained).is_dir() else []
+    if model.pretrained == "pocket":
+        roots = [POCKET_DIR]
+    if model.adapter_path is not None:
+        roots.append(find_adapter(model.adapter_path)[1])
+    digest = hashlib.sha256()
+    for root in roots:
+        files = (
+            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
+        )
+        for file in files:
+            with file.open("rb") as stream:
+                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def _add_adapter(pipeline: "DiffusionPipeline", path: Path, scale: float) -> None:
+    """Put an adapter on a pipeline as training had it: a LoRA beside the weights, a full UNet in float32.
+
+    Added into half-precision weights, most of a small update would be rounded away.
+    """
     import torch
+    from safetensors import SafetensorError
 
     kind, where = find_adapter(path)
     folder, name = (where.parent, where.name) if where.is_file() else (where, LORA_FILE)
     try:
         if kind == "lora":
-            pipeline.load_lora_weights(str(folder), weight_name=name)
-            pipeline.fuse_lora(lora_scale=scale)
-            pipeline.unload_lora_weights()
+            pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="adapter")
+            if not pipeline.get_active_adapters():
+                raise ConfigError(f"the LoRA {where} has no weights for this model; was it trained on another family?")
+            pipeline.set_adapters("adapter", scale)
         else:
-            unet = type(pipeline.unet).from_pretrained(folder, dtype=pipeline.unet.dtype, use_safetensors=True)
-            pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last))
-    except (OSError, ValueError, RuntimeError) as error:
+            unet = type(pipeline.unet).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+            pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last).eval())
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot put the adapter {where} on this model: {first_sentence(error)}") from error
 
 
@@ -76,7 +102,8 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
     """Draw one batch of images (as many as are asked for; the caller keeps to `sampling.batch_size`).
 
     The initial noise of an image is drawn on the CPU in float32 from its own seed, so it is the same whatever the
-    model, the device, the precision or the rest of the batch.
+    model, the device, the precision or the rest of the batch. A half-precision pipeline runs under autocast, as in
+    training, since what was tuned of it may be float32.
     """
     import torch
 
@@ -85,16 +112,18 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
     shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
     negative = [sampling.negative_prompt] * len(requests) if sampling.guidance_scale > 1 else None
-    output = pipeline(
-        [request.prompt for request in requests],
-        negative_prompt=negative,
-        height=side,
-        width=side,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        latents=noise.to(pipeline.device, pipeline.unet.dtype),
-        generator=generators,
-    )
+    precision = pipeline.vae.dtype
+    with torch.autocast(pipeline.device.type, precision, enabled=precision != torch.float32):
+        output = pipeline(
+            [request.prompt for request in requests],
+            negative_prompt=negative,
+            height=side,
+            width=side,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            latents=noise.to(pipeline.device, pipeline.unet.dtype),
+            generator=generators,
+        )
     return list(output.images)
 
 

@@ -1,7 +1,7 @@
 """The settings of every verb, one class each. Defaults run offline, on the pocket model."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -55,7 +55,7 @@ class GenerateConfig(Config):
     """The model that draws."""
     sampling: Sampling = Sampling()
     """How it draws."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Base seed; an image's own seed comes from (seed, prompt id, index)."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
@@ -135,12 +135,12 @@ class TrainConfig(Config):
     max_steps: int = Field(200, ge=1)
     """Optimizer steps."""
     global_batch_size: int = Field(16, ge=1)
-    """Pairs per optimizer step, over all processes and accumulated micro-batches."""
+    """Pairs per optimizer step, over all accumulated micro-batches."""
     per_device_batch_size: int = Field(4, ge=1)
-    """Pairs per forward pass of one process; less needs less memory."""
+    """Pairs per forward pass; less needs less memory."""
     weight_decay: float = Field(0.01, ge=0)
     """AdamW weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW averaging coefficients."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
@@ -152,7 +152,7 @@ class TrainConfig(Config):
     """Side of the square training images; null takes the model's own."""
     random_flip: bool = False
     """Mirror half of the pairs, both images alike. Wrong where left and right matter."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Decides the order, the noise, the timesteps and the initial adapter."""
     mixed_precision: Precision = "auto"
     """auto is bf16 or fp16 on cuda, fp32 elsewhere. Trained weights are float32 in any case."""
@@ -175,7 +175,7 @@ class TrainConfig(Config):
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step for one process."""
+        """Micro-batches per optimizer step."""
         return self.global_batch_size // self.per_device_batch_size
 
     @model_validator(mode="after")
@@ -209,7 +209,7 @@ class CompareConfig(Config):
     """The judges."""
     trained_on: tuple[str, ...] | None = None
     """Metrics that labelled the training pairs; null reads them from the pairs that the adapter was trained on."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Base seed of the noise."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
@@ -235,7 +235,7 @@ class DemoConfig(Config):
 
     output_dir: Path = Path("runs/demo")
     """Folder for everything that the demo makes."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Base seed of the prompts, the images and the training."""
 
 

@@ -5,6 +5,7 @@
 
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,9 @@ class Tracker:
             self._board.close()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of a step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Write the metrics of a step; one that is not finite (an fp16 overflow) is written as null."""
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in metrics.items():
@@ -51,15 +53,21 @@ class Tracker:
     def sync(self) -> None:
         """Make what was logged survive a power cut; called before a checkpoint claims to be beyond it."""
         os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
 
 
 def _lines_before(path: Path, first_step: int) -> list[str]:
-    """The whole lines of the steps before `first_step`; a line cut short by a kill is not one."""
+    """The whole lines of the steps before `first_step`; a line cut short or damaged by a crash ends them."""
+    kept: list[str] = []
     if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= first_step:
+        return kept
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            break
+        if step >= first_step or not line.endswith("\n"):
             break
         kept.append(line)
     return kept

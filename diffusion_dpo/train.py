@@ -5,6 +5,7 @@ dropout are functions of (seed, epoch, pair), so the state of a run is its weigh
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +68,18 @@ class Run:
 
 def run(config: TrainConfig) -> Path:
     """Train, or continue, or find that nothing is left to do; return the folder of the adapter or full UNet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("train runs in one process, and WORLD_SIZE is above 1; start it without a launcher")
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     source = cast(PairSource, config.data)
-    data = collect.collect(source, max_broken_share=config.max_broken_share)
     model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
+    data = collect.collect(source, max_broken_share=config.max_broken_share)
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "precision": str(dtype).removeprefix("torch."),
         "base_weights": model.base_hash,
+        "encoders": model.encoder_hash,
         "data": {**config.data.model_dump(mode="json"), "content": data.fingerprint},
     }
     with claim(config.output_dir, "train", identity):
@@ -113,6 +117,7 @@ def prepare(config: TrainConfig, model: LoadedModel, data: "Collected", dtype: "
             latent_shape=latent_shape,
             resolution_px=side,
             dtype=torch.float32 if dtype == torch.float32 else torch.float16,
+            batch_size=min(8, config.per_device_batch_size),
         ),
         random_flip=config.random_flip,
     )
@@ -155,8 +160,7 @@ def _train(run: Run) -> int:
     config = run.config
     folder = config.output_dir / "checkpoints"
     first = _resume(run, folder)
-    if first == 0:
-        _preview(run, 0)
+    _preview_if_due(run, first)
     with (
         interrupt.deferred() as stop,
         Tracker(config.output_dir, first + 1) as tracker,
@@ -169,14 +173,13 @@ def _train(run: Run) -> int:
             tracker.log(step + 1, metrics)
             advance(1, f"loss {metrics['loss']:.4f}, accuracy {metrics['rewards/accuracies']:.2f}")
             done = step + 1
-            if done == config.max_steps or (config.preview.every_steps and done % config.preview.every_steps == 0):
-                _preview(run, done)  # before the checkpoint, which a run that was stopped continues after
             if done % config.checkpointing_steps == 0 or done == config.max_steps or stop.requested:
                 tracker.sync()
                 _save(run, folder, done)
             if stop.requested:
                 say(f"stopped after step {done}, which is saved; the same command continues there")
                 raise stop.exception
+            _preview_if_due(run, done)
     return max(first, config.max_steps)
 
 
@@ -265,8 +268,8 @@ def _check_step_zero(run: Run, metrics: Mapping[str, float]) -> None:
 
 def _refuse_not_finite(run: Run, step: int, visits: Sequence[Visit], metrics: Mapping[str, float]) -> None:
     names = [name for name, value in metrics.items() if not math.isfinite(value)]
-    if run.scaler.is_enabled() and names == ["grad_norm"]:
-        return  # fp16 overflow: the scaler skips this step and lowers its scale
+    if run.scaler.is_enabled() and names == ["grad_norm"] and run.scaler.get_scale() >= 1:
+        return  # fp16 overflow: the scaler skips this step and lowers its scale, which starts at 65536
     if names:
         pairs = ", ".join(run.pair_ids[visit.index] for visit in visits[:8])
         raise ConfigError(
@@ -313,24 +316,26 @@ def _save(run: Run, folder: Path, step: int) -> None:
     checkpoint.save(folder, step, parts, {"scaler": run.scaler.state_dict()}, keep=run.config.checkpoints_total_limit)
 
 
-def _preview(run: Run, step: int) -> None:
-    """Draw the preview prompts into `previews/step-XXXXXXXX/`, always with the same seeds."""
-    import torch
-
+def _preview_if_due(run: Run, step: int) -> None:
+    """Draw the preview prompts into `previews/step-XXXXXXXX/`, always with the same seeds, what is missing of them."""
     config = run.config
+    every = config.preview.every_steps
+    if step not in (0, config.max_steps) and not (every and step % every == 0):
+        return
     prompts = config.preview.prompts or tuple(dict.fromkeys(run.prompts))[:4]
     folder = config.output_dir / "previews" / f"step-{step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     requests = [DrawRequest(text, image_seed(config.seed, text, 0)) for text in prompts]
+    if all((folder / f"{number:02d}.png").exists() for number in range(len(requests))):
+        return
     sampling = config.preview.sampling
     if sampling.resolution_px is None:
         sampling = sampling.model_copy(update={"resolution_px": config.resolution_px})
-    with torch.no_grad(), run.model.autocast():
-        for start in range(0, len(requests), sampling.batch_size):
-            images = draw(run.model.pipeline, requests[start : start + sampling.batch_size], sampling)
-            for number, image in enumerate(images, start=start):
-                with atomic_path(folder / f"{number:02d}.png") as partial:
-                    image.save(partial, format="PNG")
+    for start in range(0, len(requests), sampling.batch_size):
+        images = draw(run.model.pipeline, requests[start : start + sampling.batch_size], sampling)
+        for number, image in enumerate(images, start=start):
+            with atomic_path(folder / f"{number:02d}.png") as partial:
+                image.save(partial, format="PNG")
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -86,7 +86,7 @@ def bare_step(run: train.Run) -> Callable[[], None]:
         inputs.append((noisy, timesteps, text, run.model.target(latents, noise, timesteps)))
 
     def errors(noisy: torch.Tensor, timesteps: torch.Tensor, text: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        with run.model.autocast():
+        with torch.autocast(run.model.device.type, run.model.dtype, enabled=run.model.dtype != torch.float32):
             prediction = run.model.unet(noisy, timesteps, text).sample
         return (prediction.float() - target).square().flatten(1).mean(1)
 

@@ -25,10 +25,12 @@ def test_what_was_saved_comes_back(tmp_path: Path):
     assert all(torch.equal(found.parts[part][name], tensor) for part in PARTS for name, tensor in PARTS[part].items())
 
 
-def test_only_the_newest_are_kept(tmp_path: Path):
-    for step in (10, 20, 30):
-        save(tmp_path, step)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000030"]
+@pytest.mark.parametrize("keep", range(1, 7))
+def test_only_the_newest_are_kept(tmp_path: Path, keep: int):
+    for number in range(1, 9):
+        save(tmp_path, 10 * number, keep=keep)
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == [f"step-{10 * n:08d}" for n in range(max(1, number - keep + 1), number + 1)]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path):

@@ -163,7 +163,7 @@ def test_what_people_can_mend_is_one_message_and_code_2(
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on the disk of runs/there"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x"), "no space left on the disk of /data/x"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left on the disk of runs/there"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "/root/x: Permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "/protected/x"), "/protected/x: Permission denied"),
         (MemoryError(), "out of memory: the machine has no more"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "per_device_batch_size"),
     ],

@@ -1,4 +1,4 @@
-"""The latent cache: the only thing that decodes images for training. Training reads nothing else.
+"""The latent cache: training steps read nothing else, and no step decodes or encodes an image.
 
 VAE latents of both sides of every pair and the text embedding of every distinct prompt, in safetensors files that are
 memory-mapped. Each file is written whole or not at all, so an interrupted build goes on where it stopped. The folder's
@@ -126,13 +126,12 @@ def build(
 
 
 def to_square(image: Image.Image, side_px: int) -> Image.Image:
-    """Scale the shorter side to `side_px` and cut out the middle: the one crop of every image."""
-    scale = side_px / min(image.size)
-    size = (max(side_px, round(image.width * scale)), max(side_px, round(image.height * scale)))
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    left, top = (image.width - side_px) // 2, (image.height - side_px) // 2
-    return image.crop((left, top, left + side_px, top + side_px))
+    """Cut out the largest square in the middle and scale it to `side_px`: the one crop of every image."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    if image.size == (side_px, side_px):
+        return image
+    return image.resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def _encode_pairs(
@@ -167,16 +166,14 @@ def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random
     import torch
 
     noise = torch.stack([_posterior_noise(pair, encoders.latent_shape) for pair in batch])
-    views = []
-    for mirrored in (False, True)[: 1 + random_flip]:
-        sides = []
-        for side in ("chosen", "rejected"):
-            images = [to_square(decode_rgb(getattr(pair, side)), encoders.resolution_px) for pair in batch]
-            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-            pixels = pixels.flip(3) if mirrored else pixels
-            sides.append(encoders.images(pixels.float() / 127.5 - 1, noise).cpu())
-        views.append(torch.stack(sides, dim=1))
-    return torch.stack(views, dim=1).to(encoders.dtype)
+    sides = []
+    for side in ("chosen", "rejected"):
+        images = [to_square(decode_rgb(getattr(pair, side)), encoders.resolution_px) for pair in batch]
+        array = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+        pixels = array.permute(0, 3, 1, 2).float() / 127.5 - 1
+        views = [pixels, pixels.flip(3)] if random_flip else [pixels]
+        sides.append(torch.stack([encoders.images(view, noise).cpu() for view in views], dim=1))
+    return torch.stack(sides, dim=2).to(encoders.dtype)
 
 
 def _posterior_noise(pair: PreferencePair, shape: tuple[int, int, int]) -> "Tensor":

@@ -1,7 +1,7 @@
 """The order of samples and their randomness, without state: everything is a function of (seed, epoch, pair id).
 
-A resumed run is therefore the same run, bit for bit, and the number of processes, workers or accumulation steps does
-not change which pair meets which noise.
+A resumed run is therefore the same run (bit for bit on a CPU with as many threads), and neither the micro-batch size
+nor where a run was stopped changes which pair meets which noise.
 """
 
 import functools

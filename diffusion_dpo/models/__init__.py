@@ -32,11 +32,11 @@ class LoadedModel(Protocol):
     resolution_px: int
     """The side that the model was made for."""
     base_hash: str
-    """Hash of the untrained denoiser's weights."""
+    """Hash of the untrained denoiser's weights and of its noise schedule."""
     encoder_hash: str
-    """Hash of the weights that encode images and prompts: the key of the latent cache."""
+    """Hash of all that encodes images and prompts, weights and settings: the key of the latent cache."""
     pipeline: "DiffusionPipeline"
-    """The same weights as a pipeline, for previews; draw inside `autocast()`."""
+    """The same weights as a pipeline, for previews."""
 
     @property
     def latent_channels(self) -> int:
@@ -66,9 +66,6 @@ class LoadedModel(Protocol):
 
     def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
         """Return the denoiser's prediction, float32, same shape as `noisy_latents`."""
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """The one numeric recipe of policy, reference and previews."""
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it, `predict` is the frozen reference and records no gradient. Backward never runs inside."""

@@ -18,17 +18,18 @@ def load_base(
     revision: str | None = None,
     variant: str | None = None,
     device: "torch.device",
-    dtype: "torch.dtype",
+    dtype: "torch.dtype | dict[str, torch.dtype]",
 ) -> "DiffusionPipeline":
     """Load a pipeline in evaluation mode, convolutions in channels_last; `pocket` is the packaged model.
 
-    The safety checker is left out: a judged or compared image must be what the model drew. Raises ConfigError when the
+    `dtype` may name the parts: {"unet": float32, "default": float16}. The safety checker is left out: a judged or compared image must be what the model drew. Raises ConfigError when the
     model cannot be had.
     """
     import diffusers.utils.logging
     import torch
     import transformers.utils.logging
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
     diffusers.utils.logging.disable_progress_bar()  # ours say more, and theirs break them
     transformers.utils.logging.disable_progress_bar()
@@ -45,7 +46,7 @@ def load_base(
             safety_checker=None,
             requires_safety_checker=False,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_explain(pretrained, error)) from error
     for name in ("unet", "vae"):
         if getattr(pipeline, name, None) is None:

@@ -2,10 +2,11 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from diffusion_dpo.models.pipeline import load_base
 
 if TYPE_CHECKING:
     import torch
+    from diffusers import DiffusionPipeline
     from torch import Tensor
 
 _ADAPTER = "default"
@@ -42,22 +44,33 @@ class StableDiffusion(DiffusionModel):
     """Variant of the weight files, e.g. fp16."""
     lora: Lora | None = Lora()
     """LoRA settings; null fine-tunes the whole UNet against a frozen copy of itself."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts; null takes it from the pipeline's scheduler."""
 
     def load(self, *, device: "torch.device", dtype: "torch.dtype", seed: int) -> "LoadedStableDiffusion":
         """Load the weights and add what is trained; `dtype` is that of the frozen parts and of the autocast."""
         import torch
 
-        stored = (
-            torch.float32 if self.lora is None else dtype
-        )  # a UNet that is trained must not be rounded on the way in
+        # a UNet that is trained as a whole must not be rounded on the way in
+        dtypes = {"default": dtype, "unet": torch.float32 if self.lora is None else dtype}
         pipeline = load_base(
-            self.pretrained, revision=self.revision, variant=self.variant, device=device, dtype=stored
+            self.pretrained, revision=self.revision, variant=self.variant, device=device, dtype=dtypes
         )
-        pipeline.vae.to(dtype)
-        pipeline.text_encoder.to(dtype)
+        _require_stable_diffusion(self.pretrained, pipeline)
         return LoadedStableDiffusion(self, pipeline, dtype, seed)
+
+
+def _require_stable_diffusion(name: str, pipeline: "DiffusionPipeline") -> None:
+    """Raise ConfigError for models that look alike but are fed otherwise (SDXL, inpainting, video)."""
+    from diffusers import StableDiffusionPipeline
+
+    if type(pipeline) is not StableDiffusionPipeline:
+        raise ConfigError(
+            f"{name} is a {type(pipeline).__name__}; model.type stable_diffusion needs Stable Diffusion 1.x or 2.x"
+        )
+    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents:
+        raise ConfigError(
+            f"the UNet of {name} takes {channels} channels, not {latents}: an inpainting or editing model?"
+        )
 
 
 class LoadedStableDiffusion(LoadedModel):
@@ -73,15 +86,16 @@ class LoadedStableDiffusion(LoadedModel):
         self.device = pipeline.device
         self.dtype = dtype
         self.resolution_px = self.unet.config.sample_size * pipeline.vae_scale_factor
-        prediction = settings.prediction_type or pipeline.scheduler.config.prediction_type
+        prediction = pipeline.scheduler.config.prediction_type
         if prediction not in ("epsilon", "v_prediction"):
             raise ConfigError(f"{settings.pretrained} predicts {prediction!r}; epsilon or v_prediction is needed")
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type=prediction)
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
         for module in (pipeline.vae, pipeline.text_encoder, self.unet):
             module.requires_grad_(False).eval()
-        self.base_hash = _hash_module(self.unet)
-        self.encoder_hash = _hash_module(pipeline.vae, pipeline.text_encoder)
+        self.base_hash = _hash([_facts(self.scheduler.config)], self.unet)
+        text = [_facts(pipeline.text_encoder.config.to_dict()), pipeline.tokenizer.get_vocab()]
+        self.encoder_hash = _hash([_facts(pipeline.vae.config), *text], pipeline.vae, pipeline.text_encoder)
         self._frozen_unet = None
         if settings.lora is None:
             self._frozen_unet = copy.deepcopy(self.unet)
@@ -167,15 +181,9 @@ class LoadedStableDiffusion(LoadedModel):
         """See LoadedModel; float32 out."""
         import torch
 
-        with self.autocast():
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             output = self.unet(noisy_latents.contiguous(memory_format=torch.channels_last), timesteps, **conditioning)
         return output.sample.float()
-
-    def autocast(self):  # type: ignore[no-untyped-def]
-        """The one numeric recipe of policy, reference and previews."""
-        import torch
-
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -225,11 +233,16 @@ class LoadedStableDiffusion(LoadedModel):
         return run_dir / "adapter"
 
 
-def _hash_module(*modules: "torch.nn.Module") -> str:
-    """Hash the weights themselves, so that a copy in another folder is the same model and an edited one is not."""
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a part without where it came from and which version read it."""
+    return {key: value for key, value in config.items() if not key.startswith("_") and key != "transformers_version"}
+
+
+def _hash(facts: object, *modules: "torch.nn.Module") -> str:
+    """Hash settings and the weights themselves: an edited model in the same folder is another model."""
     import torch
 
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16)
     for module in modules:
         for name, tensor in module.state_dict().items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
