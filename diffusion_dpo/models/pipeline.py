@@ -22,8 +22,8 @@ def load_base(
 ) -> "DiffusionPipeline":
     """Load a pipeline in evaluation mode, convolutions in channels_last; `pocket` is the packaged model.
 
-    `dtype` may name the parts: {"unet": float32, "default": float16}. The safety checker is left out: a judged or compared image must be what the model drew. Raises ConfigError when the
-    model cannot be had.
+    `dtype` may name the parts: {"unet": float32, "default": float16}. The safety checker is left out: a judged or
+    compared image must be what the model drew. Raises ConfigError when the model cannot be had.
     """
     import diffusers.utils.logging
     import torch
