@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from diffusion_dpo.report import MetricScores
-from diffusion_dpo.report.statistics import mean_interval, summarise, win_rate_interval
+from diffusion_dpo.report.statistics import mean_interval, sign_flip_p, summarise, win_rate_interval
 
 
 def random_scores(seed: int, *, prompts: int = 40, seeds: int = 2, ties: float = 0.2) -> MetricScores:
@@ -85,7 +85,7 @@ def test_seeds_of_a_prompt_are_not_independent_evidence() -> None:
     assert ten.win_rate_interval == pytest.approx(one.win_rate_interval)
 
 
-@pytest.mark.parametrize("wins,losses", [(0, 9), (3, 6), (40, 24), (64, 0)])
+@pytest.mark.parametrize("wins,losses", [(0, 9), (3, 6), (41, 23), (64, 0)])
 def test_one_seed_without_ties_is_wilsons_interval(wins: int, losses: int) -> None:
     outcomes = np.array([1.0] * wins + [-1.0] * losses)[:, None]
     expected = stats.binomtest(wins, wins + losses).proportion_ci(method="wilson")
@@ -130,3 +130,46 @@ def test_the_win_rate_interval_covers_the_truth_19_times_in_20(strength: float, 
     share = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.925 <= share <= 0.975
     assert all(math.isfinite(bound) and 0 <= bound <= 1 for interval in intervals for bound in interval)
+
+
+@pytest.mark.parametrize("num_changed,decided", [(1, False), (4, False), (5, False), (6, True), (12, True)])
+def test_few_changed_prompts_among_ties_decide_only_where_a_sign_test_does(num_changed: int, decided: bool) -> None:
+    changes = np.zeros(96)
+    changes[:num_changed] = np.linspace(0.1, 0.2, num_changed)
+    low, high = mean_interval(changes) or (math.nan, math.nan)
+    assert (low > 0) == decided and high > 0
+    assert mean_interval(-changes) == (-high, -low)
+    assert win_rate_interval(np.sign(changes)[:, None])[0] <= 0.5 + num_changed / 192
+    if not decided:
+        assert win_rate_interval(np.sign(changes)[:, None])[0] <= 0.5
+
+
+@pytest.mark.parametrize("wins,losses", [(4, 0), (6, 0), (9, 2), (11, 3), (40, 24), (41, 23)])
+def test_the_sign_flip_test_of_wins_and_losses_is_the_sign_test(wins: int, losses: int) -> None:
+    values = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 50)
+    expected = stats.binomtest(wins, wins + losses).pvalue
+    assert sign_flip_p(values) == pytest.approx(expected, abs=1e-12 if wins + losses <= 12 else 0.008)
+    assert sign_flip_p(-values) == sign_flip_p(values)
+
+
+def test_few_prompts_that_all_agree_do_not_exclude_no_effect() -> None:
+    assert mean_interval(np.full(4, 0.25)) == (0, 0.25)
+    assert win_rate_interval(np.ones((4, 1))) == (0.5, 1)
+
+
+@pytest.mark.parametrize("changed,seeds", [(0.05, 1), (0.1, 1), (0.05, 3), (0.1, 3)])
+@pytest.mark.parametrize("up", [0.5, 0.8, 1.0])
+def test_intervals_cover_the_truth_when_nearly_all_prompts_tie(changed: float, seeds: int, up: float) -> None:
+    rng = np.random.default_rng(2)
+    truth = changed * (2 * up - 1)
+    mean_hits = win_hits = excluded = 0
+    for _ in range(300):
+        signs = np.where(rng.random((96, seeds)) < up, 1.0, -1.0)
+        outcomes = np.where(rng.random((96, 1)) < changed, signs, 0.0)
+        low, high = mean_interval(outcomes.mean(1), num_resamples=499) or (math.nan, math.nan)
+        mean_hits += low <= truth <= high
+        excluded += not low <= 0 <= high
+        low, high = win_rate_interval(outcomes) or (math.nan, math.nan)
+        win_hits += low <= 0.5 + truth / 2 <= high
+    assert mean_hits / 300 >= 0.89 and win_hits / 300 >= 0.95  # the mean's bootstrap is rough with so few changes
+    assert up != 0.5 or excluded / 300 <= 0.05
