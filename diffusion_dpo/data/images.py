@@ -6,14 +6,27 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded. Pillow knows dozens more, some of which start other programs."""
 
-# What Pillow's decoders raise on damaged files; RuntimeError is AVIF's.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error)
+# What Pillow's decoders raise on damaged files, the last six on damaged metadata; RuntimeError is AVIF's.
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error),
+    *(TypeError, AttributeError, OverflowError, KeyError, IndexError, ZeroDivisionError),
+)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF; 1 is upright."""
 
 
 class BrokenImage(ValueError):  # noqa: N818 - it names the image's state
@@ -46,7 +59,7 @@ def decode_rgb(data: bytes, *, min_side_px: int = 32) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise BrokenImage(f"larger than {MAX_PIXELS // 1_000_000} megapixels")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return _to_rgb(_upright(image))
     except BrokenImage:
         raise
     except Image.DecompressionBombError:
@@ -60,6 +73,16 @@ def pixel_hash(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()[:32]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image by its EXIF orientation; metadata that cannot be read says nothing, and never costs the image."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DECODING_ERRORS:
+        return image
+    turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

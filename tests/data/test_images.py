@@ -1,12 +1,13 @@
 """Every kind of image that people have becomes RGB, or is refused in a few words."""
 
+import io
 import random
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, image_bytes, pixel_hash
 from tests.photos import encode, jpeg, photo
@@ -54,6 +55,39 @@ def test_exif_rotation_is_applied():
     exif[0x0112] = 6  # the camera was held upright
     decoded = decode_rgb(encode(photo(0, (96, 64)), "JPEG", exif=exif))
     assert decoded.size == (64, 96)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_undone_once(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = encode(photo(0, (96, 64)), kind, exif=exif)
+    with Image.open(io.BytesIO(stored)) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(decode_rgb(stored)), np.asarray(expected))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_does_not_cost_the_image(kind):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110], exif[0x011A] = 1, "a camera", 72.0
+    whole, rng = exif.tobytes(), random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(4):
+            damaged[rng.randrange(6, len(damaged))] = rng.randrange(256)
+        assert set(decode_rgb(encode(photo(3), kind, exif=bytes(damaged))).size) == {96, 64}
+
+
+@pytest.mark.parametrize("error", [TypeError, AttributeError, OverflowError, KeyError, ZeroDivisionError])
+def test_exif_that_cannot_be_read_means_upright(error, monkeypatch):
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert decode_rgb(encode(photo(0), "BMP")).size == (96, 64)
 
 
 def test_first_frame_of_an_animation():
