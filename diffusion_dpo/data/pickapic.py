@@ -2,13 +2,20 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import Ties, make_labelled_pair
 
+_REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
+_OPTIONAL = ("has_label", "label_1")
+
 
 class PickapicData(PairSource):
-    """Parquet with `jpg_0`, `jpg_1` (encoded images), `label_0` (1: the first is better, 0.5: a tie) and `caption`."""
+    """Parquet with `jpg_0`, `jpg_1` (encoded images), `label_0` (1: the first is better, 0.5: a tie) and `caption`.
+
+    Where there are `has_label` and `label_1`, they are heeded.
+    """
 
     path: Path
     """A Parquet file, or a folder of them."""
@@ -20,14 +27,26 @@ class PickapicData(PairSource):
         from diffusion_dpo.data import shards
 
         for file in shards.parquet_files(self.path):
-            for where, row in shards.located_rows(file, ("caption", "jpg_0", "jpg_1", "label_0")):
-                images = (row["jpg_0"], row["jpg_1"])
-                yield make_labelled_pair(
-                    where, row["caption"], images, row["label_0"], ties=self.ties, source="pickapic"
-                )
+            present = shards.column_names(file)
+            columns = (*_REQUIRED, *(name for name in _OPTIONAL if name in present))
+            for where, row in shards.located_rows(file, columns):
+                yield self._read_row(where, row)
+
+    def _read_row(self, where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
+        if row.get("has_label") is False:
+            return Dropped(where, "no label", broken=False)
+        label, images = row["label_0"], (row["jpg_0"], row["jpg_1"])
+        if "label_1" in row and label is not None and not _complement(label, row["label_1"]):
+            return Dropped(where, "label_0 and label_1 do not add up to 1")
+        return make_labelled_pair(where, row["caption"], images, label, ties=self.ties, source="pickapic")
 
     def num_rows(self) -> int:
         """Return the number of rows, from the files' footers."""
         from diffusion_dpo.data import shards
 
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+
+def _complement(label: Any, other: Any) -> bool:
+    numbers = isinstance(label, int | float) and isinstance(other, int | float)
+    return numbers and abs(label + other - 1) <= 1e-6

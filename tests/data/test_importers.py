@@ -79,6 +79,23 @@ def test_pickapic_labels_are_numbers(tmp_path, label):
     assert reason(item) == "the label is not a number"
 
 
+def test_pickapic_rows_without_a_label_are_fine_and_not_wanted(tmp_path):
+    columns = {"caption": ["x"] * 2, "jpg_0": [A] * 2, "jpg_1": [B] * 2, "label_0": [1.0, 1.0]}
+    pq.write_table(pa.table(columns | {"has_label": [False, True]}), tmp_path / "a.parquet")
+    first, second = PickapicData(path=tmp_path).read()
+    assert first == Dropped("a.parquet row 0", "no label", broken=False)
+    assert isinstance(second, PreferencePair)
+
+
+@pytest.mark.parametrize("label, other", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.0), (1.0, None), (1.0, float("nan"))])
+def test_pickapic_labels_that_contradict_each_other_are_broken(tmp_path, label, other):
+    columns = {"caption": ["x"] * 2, "jpg_0": [A] * 2, "jpg_1": [B] * 2, "label_0": [label, 0.3]}
+    pq.write_table(pa.table(columns | {"label_1": [other, 0.7 + 1e-7]}), tmp_path / "a.parquet")
+    first, second = PickapicData(path=tmp_path).read()
+    assert (reason(first), first.broken) == ("label_0 and label_1 do not add up to 1", True)
+    assert isinstance(second, PreferencePair)
+
+
 def test_pickapic_rows_keep_their_partners_around_a_bad_one(tmp_path):
     images = [jpeg(i % 4, (64 + i, 64)) for i in range(10)]
     rows = [(f"prompt {i}", images[2 * i], images[2 * i + 1], i % 2) for i in range(5)]
