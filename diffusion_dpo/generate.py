@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import command
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data.images import pixel_hash
-from diffusion_dpo.data.prompts import Prompt, read_prompts
+from diffusion_dpo.data.prompts import Prompt, read_prompts, refuse_foreign_defaults
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
@@ -28,6 +28,7 @@ class _Candidate:
 
 def run(config: GenerateConfig) -> Path:
     """Draw the candidates that are not there yet; return their folder."""
+    refuse_foreign_defaults(config.prompts_path, config.model.pretrained)
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts)
     todo = [
         _Candidate(prompt, index, image_seed(config.seed, prompt.id, index))

@@ -11,6 +11,8 @@ from typing import Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
+from diffusion_dpo.data.folder import read_inside
+from diffusion_dpo.data.images import BrokenImage, decode_rgb
 from diffusion_dpo.pocket.world import distinct_scenes
 
 NUM_POCKET_PROMPTS = 64
@@ -29,7 +31,8 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
     """Return the prompts of a .txt, .tsv or .jsonl file, in its order; for None, prompts of the pocket world.
 
     `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises
-    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty.
+    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, and for a reference that is
+    no image inside the file's folder.
     """
     if path is None:
         scenes = islice(distinct_scenes(0, held_out=held_out), limit or NUM_POCKET_PROMPTS)
@@ -41,14 +44,15 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
         found = list(readers[path.suffix](path))
     except FileNotFoundError as error:
         raise ConfigError(f"prompts_path: there is no file {error.filename}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"prompts_path: cannot read {path}: {error}") from None
     unique: dict[str, Prompt] = {}
     for prompt in found:
         other = unique.setdefault(prompt.id, prompt)
-        if other.text != prompt.text:
+        if other != prompt:
             raise ConfigError(
-                f"{path}: two different prompts have the id {prompt.id!r}: {other.text!r}, {prompt.text!r}"
+                f"{path}: two different prompts (or references) have the id {prompt.id!r}: "
+                f"{other.text!r}, {prompt.text!r}"
             )
     if len(unique) < len(found):
         say(f"{path}: {len(found) - len(unique)} repeated prompts are used once")
@@ -57,20 +61,41 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
     return list(unique.values())[:limit]
 
 
+def refuse_foreign_defaults(path: Path | None, *models: str) -> None:
+    """Raise ConfigError when the default prompts, which are of the pocket world, would go to another model."""
+    foreign = [model for model in models if model != "pocket"]
+    if path is None and foreign:
+        raise ConfigError(
+            f"prompts_path is not set, and the default prompts are those of the pocket world, which say nothing about "
+            f"{foreign[0]}; give prompts_path a .txt with one prompt a line"
+        )
+
+
 def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()) -> Prompt:
+    """Return a prompt; without an id of its own, one that says what it is: its text and its references."""
     text = text.strip()
-    return Prompt(str(prompt_id) if prompt_id else hashlib.sha256(text.encode()).hexdigest()[:16], text, references)
+    if prompt_id is None or prompt_id == "":
+        digest = hashlib.sha256(text.encode())
+        for reference in references:
+            digest.update(hashlib.sha256(reference).digest())
+        prompt_id = digest.hexdigest()[:16]
+    return Prompt(str(prompt_id), text, references)
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the lines of a text file; what else Unicode calls a line break may stand inside a prompt."""
+    return path.read_text(encoding="utf-8-sig").split("\n")
 
 
 def _read_txt(path: Path) -> Iterator[Prompt]:
-    for line in path.read_text(encoding="utf-8-sig").splitlines():
+    for line in _lines(path):
         if line.strip():
             yield _prompt(line)
 
 
 def _read_tsv(path: Path) -> Iterator[Prompt]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t")
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
         if "prompt" not in columns:
             raise ConfigError(
@@ -82,16 +107,39 @@ def _read_tsv(path: Path) -> Iterator[Prompt]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ConfigError(f'{path} line {number} needs a text `prompt`, e.g. {{"prompt": "a red circle"}}')
+        if not _is_unicode(row["prompt"]) or not _is_unicode(str(row.get("id"))):
+            raise ConfigError(f"{path} line {number}: half of a surrogate pair is not valid Unicode; mend the escape")
         names = row.get("references") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{path} line {number}: `references` must be a list of file names")
-        yield _prompt(row["prompt"], row.get("id"), tuple((path.parent / name).read_bytes() for name in names))
+        where = f"{path} line {number}"
+        yield _prompt(row["prompt"], row.get("id"), tuple(_reference(path.parent, name, where) for name in names))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _reference(folder: Path, name: str, where: str) -> bytes:
+    """Return a reference image's file; raises ConfigError where it is none or lies elsewhere."""
+    data = read_inside(folder, name)
+    if isinstance(data, str):
+        raise ConfigError(f"{where}: reference {name!r}: {data}; name an image beside the prompts' file")
+    try:
+        decode_rgb(data)
+    except BrokenImage as error:
+        raise ConfigError(f"{where}: reference {name!r}: {error}") from None
+    return data

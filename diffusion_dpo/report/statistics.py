@@ -5,9 +5,9 @@ score interval (J. Am. Stat. Assoc. 22, 1927) at the *effective* number of promp
 over observed variance, as surveys do for clustered answers (Franco et al., J. Surv. Stat. Methodol. 7, 2019). With one
 seed per prompt and no ties that is Wilson's own interval; unlike a bootstrap it stays honest when all pairs are won.
 
-When most prompts tie, a handful of prompts carries all the evidence and both intervals are too narrow. So the effective
-number never exceeds the number of pairs, and an interval excludes "no effect" only where a sign-flip test over the
-prompts that changed (Fisher, The Design of Experiments, 1935, section 21) rejects it too.
+When most prompts tie, a handful of prompts carries all the evidence and both intervals are too narrow. So the
+effective number never exceeds the number of pairs, and an interval excludes "no effect" only where a sign-flip test
+over the prompts that changed (Fisher, The Design of Experiments, 1935, section 21) rejects it too.
 """
 
 import math

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 """Raise it when a change of this file changes the values."""
 _MAX_CACHED_PROMPTS = 4096
 
@@ -94,10 +94,21 @@ class Clip(Scorer):
         self._live = _LiveClip(clip.eval().requires_grad_(False), preprocess, tokenizer, device)
 
     def score(self, batch: Sequence[ScoreRequest]) -> Scores:
-        """Return the cosine of each image with its prompt, or the mean of those with its references."""
+        """Return the cosine of each image with its prompt, or the mean of those with its references.
+
+        The pocket CLIP knows the captions of its world alone: NaN, with the reason, for any other prompt.
+        """
         import torch
 
+        from diffusion_dpo.pocket.world import parse_caption
+
         assert self._live is not None, "load() comes before score()"
+        reasons = [""] * len(batch)
+        if self.model == "pocket" and self.mode == "text":
+            reasons = [
+                "" if parse_caption(request.prompt) else "the prompt is not a caption of the pocket world"
+                for request in batch
+            ]
         with torch.inference_mode():
             images = self._live.encode_images([request.image for request in batch])
             if self.mode == "text":
@@ -108,7 +119,8 @@ class Clip(Scorer):
                 parts = self._live.encode_images(references).split(counts)
                 others = torch.stack([part.mean(0) for part in parts])  # the mean of cosines is linear in them
             cosines = (images * others).sum(1).double().cpu().numpy()
-        return Scores({self.metrics[0].name: cosines})
+        cosines[[bool(reason) for reason in reasons]] = float("nan")
+        return Scores({self.metrics[0].name: cosines}, tuple(reasons))
 
 
 @dataclass

@@ -95,6 +95,15 @@ def test_the_model_is_frozen_and_in_eval_mode(clip_dir: Path) -> None:
     assert not any(parameter.requires_grad for parameter in live.model.parameters())
 
 
+def test_the_pocket_clip_judges_captions_of_its_world_alone(images: list[Image.Image]) -> None:
+    scorer = Clip(type="clip")
+    scorer.load(CPU)
+    requests = [ScoreRequest(images[0], text) for text in ("a red circle on a blue background", "a castle at dusk")]
+    scores = judge(scorer, requests, batch_size=2)
+    assert np.isfinite(scores.values["clip_text"]).tolist() == [True, False]
+    assert list(scores.reasons) == ["", "the prompt is not a caption of the pocket world"]
+
+
 def test_two_clips_side_by_side(clip_dir: Path) -> None:
     assert _clip(clip_dir, name="l14").metrics[0].name == "clip_text_l14"
     assert _clip(clip_dir, name="l14", mode="image").metrics[0].name == "clip_image_l14"
