@@ -178,6 +178,21 @@ def test_pairs_of_scored_candidates(candidates: Path, capsys: pytest.CaptureFixt
     assert f"next: diffusion-dpo train data.path={folder}" in out
 
 
+def test_runs_with_the_same_ids_are_not_mixed(tmp_path: Path) -> None:
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    reference = [image_struct(encode_png(_image(5)))]
+    for number, (prompt, references) in enumerate((("A", []), ("B", []), ("B", reference))):
+        rows = [_row(prompt, i, 40 * i + number) | {"prompt_id": "0", "references": references} for i in range(1, 3)]
+        write_shard(folder / f"images-{number:05d}.parquet", rows, CANDIDATES)
+    score.run(load(ScoreConfig, None, [f"path={folder}", "scorers=[brightness]", "device=cpu"]))
+    pairs = list(PairsData(path=_pair(folder)).read())
+    assert all(isinstance(it, PreferencePair) for it in pairs)
+    values = [(it.prompt, it.chosen_uid, it.rejected_uid) for it in pairs if isinstance(it, PreferencePair)]
+    uids = [[pixel_hash(_image(40 * i + number)) for i in (2, 1)] for number in range(3)]
+    assert values == [("A", *uids[0]), ("B", *uids[1]), ("B", *uids[2])]
+
+
 def test_a_rerun_changes_nothing_and_says_so(candidates: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _pair(candidates)
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}

@@ -39,13 +39,18 @@ class Candidate:
     @cached_property
     def key(self) -> str:
         """Hash of everything that a scorer sees."""
-        seen = [self.uid, self.prompt, *(hashlib.sha256(reference).hexdigest() for reference in self.references)]
-        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:32]
+        return _hash([self.uid, self.prompt, *self._reference_hashes])
 
-    @property
+    @cached_property
     def group(self) -> str:
-        """What the images of one prompt have in common."""
-        return self.prompt_id or self.prompt
+        """What the images of one prompt have in common, empty without one; an id alone may be another run's too."""
+        if not self.prompt_id and not self.prompt:
+            return ""
+        return _hash([self.prompt_id, self.prompt, *self._reference_hashes])
+
+    @cached_property
+    def _reference_hashes(self) -> list[str]:
+        return [hashlib.sha256(reference).hexdigest() for reference in self.references]
 
 
 @dataclass(frozen=True)
@@ -130,3 +135,7 @@ def _image(value: Any) -> tuple[bytes, str]:
 
 def _content_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _hash(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
