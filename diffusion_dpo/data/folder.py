@@ -28,7 +28,7 @@ class FolderData(PairSource):
             if isinstance(entry, str):
                 yield Dropped(where, entry)
                 continue
-            images = [_read_image(self.path, entry[side]) for side in ("chosen", "rejected")]
+            images = [read_inside(self.path, entry[side]) for side in ("chosen", "rejected")]
             wrong = next(
                 (f"{side}: {it}" for side, it in zip(_KEYS[1:], images, strict=True) if isinstance(it, str)), ""
             )
@@ -61,8 +61,8 @@ def _parse(line: bytes) -> dict[str, Any] | str:
     return f"no {missing[0]!r}" if missing else entry
 
 
-def _read_image(folder: Path, name: Any) -> bytes | str:
-    """Return the bytes of an image file inside the folder, or why there are none."""
+def read_inside(folder: Path, name: Any) -> bytes | str:
+    """Return the bytes of a file inside the folder, or why there are none; links that leave it are not followed."""
     if not isinstance(name, str) or not name or "\0" in name:
         return "not a file name"
     if "://" in name or name.startswith("file:"):
@@ -76,5 +76,5 @@ def _read_image(folder: Path, name: Any) -> bytes | str:
         if not file.is_relative_to(folder.resolve()):
             return "the file name leaves the folder"
         return file.read_bytes() if file.is_file() else "no such file"
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+    except (OSError, RuntimeError, UnicodeEncodeError):  # RuntimeError: a loop of links
         return "the file cannot be read"

@@ -31,8 +31,8 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
     """Return the prompts of a .txt, .tsv or .jsonl file, in its order; for None, prompts of the pocket world.
 
     `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises
-    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, and for a reference that is
-    no image inside the file's folder.
+    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, and for a reference that
+    is no image inside the file's folder.
     """
     if path is None:
         scenes = islice(distinct_scenes(0, held_out=held_out), limit or NUM_POCKET_PROMPTS)
@@ -69,6 +69,11 @@ def refuse_foreign_defaults(path: Path | None, *models: str) -> None:
             f"prompts_path is not set, and the default prompts are those of the pocket world, which say nothing about "
             f"{foreign[0]}; give prompts_path a .txt with one prompt a line"
         )
+
+
+def prompt_hash(text: str) -> str:
+    """Return a short hash (12 hex digits), by which a training run remembers its prompts."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
 
 
 def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()) -> Prompt:

@@ -1,5 +1,6 @@
 """Prompts from files: what is read, what is refused, and in which words."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.prompts import NUM_POCKET_PROMPTS, read_prompts
 from diffusion_dpo.pocket.world import is_held_out, parse_caption
+from tests.photos import jpeg
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -40,9 +42,52 @@ def test_repeats_are_used_once_and_said(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_references_are_read_beside_the_file(tmp_path: Path):
-    (tmp_path / "face.png").write_bytes(b"png")
-    path = write(tmp_path, "a.jsonl", '{"prompt": "one", "references": ["face.png"]}\n')
-    assert read_prompts(path)[0].references == (b"png",)
+    (tmp_path / "face.jpg").write_bytes(jpeg(0))
+    path = write(tmp_path, "a.jsonl", '{"prompt": "one", "references": ["face.jpg"]}\n')
+    assert read_prompts(path)[0].references == (jpeg(0),)
+
+
+def test_the_same_text_with_other_references_is_another_prompt(tmp_path: Path):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i))
+    lines = ['{"prompt": "one"}', *(f'{{"prompt": "one", "references": ["{i}.jpg"]}}' for i in (0, 1, 0))]
+    prompts = read_prompts(write(tmp_path, "a.jsonl", "\n".join(lines)))
+    assert [prompt.references for prompt in prompts] == [(), (jpeg(0),), (jpeg(1),)]
+    given = [line.replace("{", '{"id": 1, ') for line in lines[1:3]]
+    with pytest.raises(ConfigError, match="references"):
+        read_prompts(write(tmp_path, "b.jsonl", "\n".join(given)))
+
+
+def test_nothing_outside_the_folder_is_a_reference(tmp_path: Path):
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (tmp_path / "secret.jpg").write_bytes(jpeg(0))
+    (folder / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    for name in ("../secret.jpg", str(tmp_path / "secret.jpg"), "link.jpg"):
+        path = write(folder, "a.jsonl", json.dumps({"prompt": "one", "references": [name]}))
+        with pytest.raises(ConfigError, match=r"line 1: reference .* leaves the folder"):
+            read_prompts(path)
+    path = write(folder, "a.jsonl", json.dumps({"prompt": "one", "references": ["a.jsonl"]}))
+    with pytest.raises(ConfigError, match=r"line 1: reference 'a\.jsonl': not an image file"):
+        read_prompts(path)
+
+
+def test_zero_is_an_id_and_nothing_is_none(tmp_path: Path):
+    zero, empty = read_prompts(write(tmp_path, "a.jsonl", '{"id": 0, "prompt": "one"}\n{"id": "", "prompt": "two"}\n'))
+    assert zero.id == "0"
+    assert empty == read_prompts(write(tmp_path, "b.txt", "two"))[0]
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path):
+    text = "one\u2028still one\x85\x0cstill"
+    assert [p.text for p in read_prompts(write(tmp_path, "a.txt", f"{text}\r\ntwo"))] == [text, "two"]
+    row = json.dumps({"prompt": text}, ensure_ascii=False)
+    assert [p.text for p in read_prompts(write(tmp_path, "a.jsonl", row))] == [text]
+
+
+def test_quotes_in_a_table_are_text(tmp_path: Path):
+    path = write(tmp_path, "a.tsv", 'Prompt\tCategory\n"half a quote\tx\n"a sign" on a wall\ty\n')
+    assert [prompt.text for prompt in read_prompts(path)] == ['"half a quote', '"a sign" on a wall']
 
 
 def test_pocket_prompts_are_split_by_content():
@@ -62,11 +107,18 @@ def test_pocket_prompts_are_split_by_content():
         ("a.jsonl", '{"prompt": "one"}\n{oops\n', "line 2 is not JSON"),
         ("a.jsonl", '{"text": "one"}\n', "line 1 needs a text `prompt`"),
         ("a.jsonl", '{"prompt": "one", "references": "x.png"}\n', "`references` must be a list"),
-        ("a.jsonl", '{"prompt": "one", "references": ["absent.png"]}\n', r"there is no file .*absent.png"),
+        (
+            "a.jsonl",
+            '{"prompt": "one", "references": ["absent.png"]}\n',
+            "line 1: reference 'absent.png': no such file",
+        ),
+        ("a.jsonl", '{"prompt": "one"}\n{"prompt": "\\ud800"}\n', "line 2: .* not valid Unicode"),
+        ("a.jsonl", '{"prompt": "one", "id": "\\ud800"}\n', "line 1: .* not valid Unicode"),
+        ("a.tsv", f"prompt\n{'x' * 200_000}\n", "cannot read .* field larger"),
         (
             "a.jsonl",
             '{"prompt": "one", "id": 1}\n{"prompt": "two", "id": 1}\n',
-            "two different prompts have the id '1'",
+            r"two different prompts \(or references\) have the id '1'",
         ),
     ],
 )
