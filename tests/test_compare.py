@@ -166,5 +166,5 @@ def test_a_broken_reference_is_named_before_anything_is_drawn(models: tuple[Path
     (tmp_path / "face.png").write_bytes(b"no image")
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a", "id": "anna", "references": ["face.png"]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="reference image of the prompt anna cannot be used"):
+    with pytest.raises(ConfigError, match="reference .face.png.: not an image file"):
         compare.run(config(*models, tmp_path / "run", prompts_path=str(path)))
