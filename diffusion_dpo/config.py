@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from diffusion_dpo import registry
@@ -37,6 +46,15 @@ class Config(BaseModel):
     @classmethod
     def _default_types(cls, data: Any) -> Any:
         return _name_types(cls, data) if isinstance(data, dict) else data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read `~` as the home folder wherever a path is meant, as a shell would."""
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        a_path = info.field_name == "pretrained" or Path in (annotation, *typing.get_args(annotation))
+        tilde = isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/"))
+        return str(Path(value).expanduser()) if a_path and tilde else value
 
 
 class Plugin(Config):

@@ -139,6 +139,26 @@ def test_a_type_that_is_none_is_refused(name: str, says: str) -> None:
     assert says in problem(Holder, f"scorers=['{name}']")
 
 
+@pytest.mark.parametrize(
+    "source", ["class Judge(:", "import nothing_of_this_name", "from os import no_such", "x = y", "''.no()", "len(1)"]
+)
+def test_a_module_that_fails_on_import_is_named(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_judge.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "type 'failing_judge:Judge' cannot be imported: " in problem(Holder, "scorers=['failing_judge:Judge']")
+
+
+def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(
+        TrainConfig, None, ["output_dir=~/out", "data.path=~/pairs", "model.pretrained=~/sd", "cache_dir='~'"]
+    )
+    assert (config.output_dir, config.cache_dir) == (tmp_path / "out", tmp_path)
+    assert (config.data.path, config.model.pretrained) == (tmp_path / "pairs", str(tmp_path / "sd"))
+    assert load(TrainConfig, None, ["model.revision=~/x"]).model.revision == "~/x"
+    assert load(TrainConfig, write(tmp_path, dump(config))) == config
+
+
 # --- refusing --------------------------------------------------------------------------------------------------------
 
 
