@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import os
+import sys
 
 TABLES: dict[str, dict[str, str]] = {
     "data": {
@@ -27,7 +29,9 @@ TABLES: dict[str, dict[str, str]] = {
 def resolve(table: str, name: str) -> type:
     """Return the class that `name` stands for: a key of the table, or `my_package.my_module:MyClass` from outside.
 
-    Raises ValueError, naming what is registered and the nearest name, when there is no such plug-in.
+    What is from outside may also lie in the working directory, which a console script does not have on its path.
+    Raises ValueError, naming what is registered and the nearest name, when there is no such plug-in or it cannot be
+    imported.
     """
     target = TABLES[table].get(name, name)
     module_name, separator, attribute = target.partition(":")
@@ -36,9 +40,11 @@ def resolve(table: str, name: str) -> type:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(sorted(TABLES[table]))
         raise ValueError(f"unknown type {name!r}.{hint} Known: {known}; or your own as 'my_package.my_module:MyClass'")
+    if target == name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ImportError, SyntaxError, AttributeError, TypeError, NameError, ValueError) as error:
         raise ValueError(f"type {name!r} cannot be imported: {error}") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, type):

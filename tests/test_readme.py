@@ -3,7 +3,9 @@
 import os
 import re
 import shlex
+import subprocess
 import sys
+import textwrap
 import types
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from PIL import Image
 
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import load
-from diffusion_dpo.scorers import ScoreRequest
+from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.settings import VERBS, CompareConfig, ScoreConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +94,29 @@ def test_the_judge_of_extend_md_works() -> None:
     np.testing.assert_allclose(scores.values["warmth"], [2, -2, 0])
     assert judge.metrics[0].range == (-2, 2)
     assert judge.fingerprint() != type(judge)(type=judge.type).fingerprint()
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_judge_of_extend_md_is_found_in_the_working_directory(tmp_path: Path) -> None:
+    """With -P, as with the console script, the working directory is not on the path by itself."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "images" / "a.png")
+    scorers = "scorers=[{type: 'my_judges:Warmth', gain: 2}]"
+    command = [sys.executable, "-P", "-m", "diffusion_dpo", "score", "path=images", scorers, "device=cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "images" / "scores-warmth-00000.parquet").is_file()
+
+
+def test_the_needs_of_extend_md_are_a_property() -> None:
+    """As the page shows it, in a class of its own."""
+    from typing import Literal
+
+    (body,) = re.findall(r"^  ```python\n(.*?)^  ```", (ROOT / "docs/extend.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"Scorer": Scorer, "Literal": Literal, "__name__": __name__}
+    exec(f"class Judge(Scorer):\n    licence = 'none'\n{textwrap.indent(body, '  ')}", names)
+    assert names["Judge"]().needs == {"prompt"}
 
 
 @pytest.mark.usefixtures("extensions")
