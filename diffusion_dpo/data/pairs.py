@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.files import read_manifest
@@ -46,9 +47,20 @@ class PairsData(PairSource):
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
 
     def labelled_by(self) -> tuple[str, ...]:
-        """Return what `pair` wrote into the folder's manifest."""
-        folder = self.path if self.path.is_dir() else self.path.parent
-        return tuple(read_manifest(folder).get("labelled_by", ()))
+        """Return what `pair` wrote into the manifests beside the files; a manifest of another make says nothing."""
+        from diffusion_dpo.data import shards
+
+        folders = [self.path] if self.path.is_dir() else []
+        folders += [file.parent for file in shards.parquet_files(self.path)]
+        return tuple(dict.fromkeys(name for folder in dict.fromkeys(folders) for name in _labelled_by(folder)))
+
+
+def _labelled_by(folder: Path) -> list[str]:
+    try:
+        names = read_manifest(folder).get("labelled_by")
+    except ConfigError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def pair_row(pair: PreferencePair, *, seeds: Sequence[int] = ()) -> dict[str, Any]:

@@ -162,6 +162,22 @@ def test_pairs_come_back_as_they_were_written(tmp_path):
     assert list(PairsData(path=tmp_path).read()) == [pair]
 
 
+@pytest.mark.parametrize("manifest", ["[1]", "{}", '{"labelled_by": 7}', '{"labelled_by": [null]}', "oops"])
+def test_a_manifest_of_another_make_says_nothing(tmp_path, manifest):
+    pickapic(tmp_path / "a.parquet", ("x", A, B, 1))
+    (tmp_path / "manifest.json").write_text(manifest)
+    assert PairsData(path=tmp_path).labelled_by() == PairsData(path=tmp_path / "a.parquet").labelled_by() == ()
+
+
+def test_what_labelled_the_pairs_is_gathered_from_all_folders(tmp_path):
+    for name, metrics in (("a", ["clip"]), ("b", ["warmth", "clip"]), ("c", None)):
+        (tmp_path / name).mkdir()
+        pickapic(tmp_path / name / "pairs.parquet", ("x", A, B, 1))
+        if metrics:
+            (tmp_path / name / "manifest.json").write_text(json.dumps({"labelled_by": metrics}))
+    assert PairsData(path=tmp_path).labelled_by() == ("clip", "warmth")
+
+
 def test_pairs_need_three_columns_only_and_ids_come_from_the_content(tmp_path):
     pq.write_table(
         pa.table({"prompt": ["x"], "chosen": [A], "rejected": [B], "pair_id": ["stale"]}), tmp_path / "a.parquet"
