@@ -31,15 +31,21 @@ def run(config: DemoConfig) -> Path:
         _write_prompts(prompts, seed, NUM_TRAINING_PROMPTS, held_out=False)
         _write_prompts(held_out, seed, NUM_HELD_OUT_PROMPTS, held_out=True)
         _step(
-            "[1/5] draw candidates: eight images for every prompt",
+            "[1/5] draw candidates: twelve images for every prompt, without guidance, so that they differ",
             "generate",
-            {"prompts_path": prompts, "num_images_per_prompt": 8, "seed": seed, "output_dir": candidates},
+            {
+                "prompts_path": prompts,
+                "num_images_per_prompt": 12,
+                "sampling.guidance_scale": 1,
+                "seed": seed,
+                "output_dir": candidates,
+            },
         )
         _step("[2/5] let CLIP judge them", "score", {"path": candidates, "scorers": ["clip"]})
         _step(
-            "[3/5] build preference pairs: each of the best two against each of the worst two",
+            "[3/5] build preference pairs: each of the best three against each of the worst three, where it is clear",
             "pair",
-            {"path": candidates, "strategy": "top_bottom", "output_dir": pairs},
+            {"path": candidates, "strategy": "top_bottom", "top_k": 3, "min_margin": 0.03, "output_dir": pairs},
         )
         _step(
             "[4/5] tune the model on them with Diffusion-DPO",
@@ -47,8 +53,8 @@ def run(config: DemoConfig) -> Path:
             {
                 "data.path": pairs,
                 "model.lora": None,
-                "learning_rate": 2e-5,
-                "max_steps": 150,
+                "learning_rate": 3e-5,
+                "max_steps": 120,
                 "global_batch_size": 32,
                 "per_device_batch_size": 32,
                 "seed": seed,
@@ -62,6 +68,7 @@ def run(config: DemoConfig) -> Path:
                 "after.adapter_path": tuned,
                 "prompts_path": held_out,
                 "scorers": ["clip", "pocket_scene"],
+                "seeds_per_prompt": 3,
                 "seed": seed,
                 "output_dir": comparison,
             },

@@ -31,8 +31,8 @@ class Sampling(Config):
 
     num_inference_steps: int = Field(20, ge=1)
     """Denoising steps per image."""
-    guidance_scale: float = Field(3.0, ge=0)
-    """Classifier-free guidance; 1 or less turns it off. 7.5 is usual for Stable Diffusion 1.x."""
+    guidance_scale: float = Field(1.5, ge=0)
+    """Classifier-free guidance; 1 or less turns it off. 1.5 suits the pocket model, 7.5 Stable Diffusion 1.x."""
     negative_prompt: str = ""
     """What the guidance pushes away from."""
     resolution_px: int | None = Field(None, ge=32)

@@ -36,7 +36,7 @@ def main() -> None:
         f"oracle, VAE reconstructions: {np.mean([check(i, s)[1] for i, s in zip(decoded, scenes, strict=True)]):.4f}"
     )
     print(f"CLIP picks the true caption out of 8 near ones: {clip_accuracy(images[:400], scenes[:400]):.3f}")
-    for guidance in (1.0, 3.0):
+    for guidance in (1.0, 1.5, 3.0):
         for num_items in (1, 2):
             held_out = list(islice(distinct_scenes(1, num_items=num_items, held_out=True), args.prompts))
             began = time.perf_counter()
@@ -51,7 +51,7 @@ def main() -> None:
         *islice(distinct_scenes(2, num_items=1, held_out=True), 8),
         *islice(distinct_scenes(2, num_items=2, held_out=True), 16),
     ]
-    contact_sheet(draw_scenes(pipeline, sheet, 3.0), sheet).save(args.sheet)
+    contact_sheet(draw_scenes(pipeline, sheet, 1.5), sheet).save(args.sheet)
     print(f"contact sheet: {args.sheet}")
 
 
