@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Verdicts = dict[str, Verdict]
 """The verdicts on one image, by metric."""
 _BROKEN = "broken image: "
+IMAGES_PER_SHARD = 1024
 
 
 def run(config: ScoreConfig) -> Path:
@@ -86,12 +87,16 @@ class _Scoring:
         num_images = sum(unit.num_images for unit in units)
         with progress(label, num_images, "images") as advance:
             for unit in units:
-                path = shard_path(self.folder, label, unit.name)
                 unit_keys = [candidate.key for candidate in unit.read(images=False)]
-                if shards.get(path, {}).keys() == set(unit_keys):
+                parts = _parts(unit, unit_keys)
+                paths = {shard_path(self.folder, label, name): part for name, part in parts.items()}
+                if all(shards.get(path, {}).keys() == set(part) for path, part in paths.items()):
                     advance(len(unit_keys))
                 else:
-                    write_shard(path, list(self._rows(unit, advance)), SCORES)
+                    candidates = unit.read()
+                    for path, part in paths.items():
+                        rows = self._rows(islice(candidates, len(part)), advance)
+                        write_shard(path, list(rows), SCORES)
                 keys += unit_keys
                 broken += sum(self.known[key][label].reason.startswith(_BROKEN) for key in unit_keys)
                 if broken > self.config.max_broken_share * num_images:
@@ -101,9 +106,8 @@ class _Scoring:
                     )
         return [self.known[key] for key in keys]
 
-    def _rows(self, unit: Unit, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of a unit's shard, judging what is not known yet."""
-        candidates = unit.read()
+    def _rows(self, candidates: Iterator[Candidate], advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of one shard, judging what is not known yet."""
         while portion := list(islice(candidates, self.config.batch_size)):
             new = {candidate.key: candidate for candidate in portion if candidate.key not in self.known}
             if new:
@@ -142,6 +146,14 @@ class _Scoring:
             for key, reason in broken.items():
                 found[key][name] = Verdict(math.nan, reason)
         return found
+
+
+def _parts(unit: Unit, keys: list[str]) -> dict[str, list[str]]:
+    """Split a unit's images among shards, by name: a foreign file may hold more than one wants to lose."""
+    if len(keys) <= IMAGES_PER_SHARD:
+        return {unit.name: keys}
+    starts = range(0, len(keys), IMAGES_PER_SHARD)
+    return {f"{unit.name}.{i:04d}": keys[start : start + IMAGES_PER_SHARD] for i, start in enumerate(starts)}
 
 
 def _read_or_discard(path: Path, fingerprint: str) -> dict[str, Verdicts]:

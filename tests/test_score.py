@@ -231,6 +231,23 @@ def test_a_foreign_parquet_without_prompts(tmp_path: Path) -> None:
         _score(file, "scorers=[pocket_scene]")
 
 
+def test_a_large_file_is_kept_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "IMAGES_PER_SHARD", 2)
+    images = [Image.new("RGB", (32 + i, 40), (20 * i, 0, 0)) for i in range(5)]
+    pq.write_table(pa.table({"image": [encode_png(image) for image in images]}), tmp_path / "train.parquet")
+    with pytest.raises(KeyboardInterrupt):
+        _score(tmp_path, _counting(stop_after=4), "batch_size=2")
+    kept = [path.name for path in sorted(tmp_path.glob("scores-*.parquet"))]
+    assert kept == ["scores-counting-train.0000.parquet", "scores-counting-train.0001.parquet"]
+    judged.clear()
+    _score(tmp_path, _counting(), "batch_size=2")
+    assert len(judged) == 1
+    assert _values(tmp_path, "width_px") == [32, 33, 34, 35, 36]
+    before = _snapshot(tmp_path)
+    _score(tmp_path, _counting())
+    assert _snapshot(tmp_path) == before
+
+
 def test_a_folder_of_image_files_with_captions(tmp_path: Path) -> None:
     folder, out = tmp_path / "photos", tmp_path / "scores"
     (folder / "more").mkdir(parents=True)
