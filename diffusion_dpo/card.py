@@ -45,11 +45,15 @@ def save_model(model: LoadedModel, run_dir: Path) -> Path:
 
 
 def compare_command(config: TrainConfig) -> str:
-    """Return the command that compares the result of this training with its base."""
+    """Return the command that compares the result of this training with its base.
+
+    Only the pocket model has prompts of its own; for another one PROMPTS.txt stands for a file that is to be named.
+    """
     model = config.model.model_dump()
     base = {key: model[key] for key in ("pretrained", "revision", "variant") if model.get(key) is not None}
     sides = {f"{side}.{key}": value for side in ("before", "after") for key, value in base.items()}
-    return command("compare", {**sides, "after.adapter_path": config.output_dir})
+    prompts = {} if model["pretrained"] == "pocket" else {"prompts_path": "PROMPTS.txt"}
+    return command("compare", {**sides, "after.adapter_path": config.output_dir, **prompts})
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:

@@ -19,12 +19,13 @@ from diffusion_dpo.card import write_environment
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, show, warn
 from diffusion_dpo.data.candidates import Candidate, find_units
-from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
-from diffusion_dpo.data.prompts import Prompt, read_prompts
+from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.prompts import Prompt, prompt_hash, read_prompts, refuse_foreign_defaults
 from diffusion_dpo.data.scores import Verdict, read_verdicts, shard_path, shards_of
 from diffusion_dpo.data.shards import CANDIDATES, SCORES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish, read_manifest
+from diffusion_dpo.pocket.world import is_held_out, parse_caption
 from diffusion_dpo.report import Gallery, MetricScores, Pair, Report, words
 from diffusion_dpo.report.html import write_report
 from diffusion_dpo.report.statistics import METHODS, summarise
@@ -54,6 +55,7 @@ class _Slot:
 def run(config: CompareConfig) -> Path:
     """Draw and judge what is missing, then write the report; return the path of report.html."""
     check_metrics(config.scorers)
+    refuse_foreign_defaults(config.prompts_path, config.before.pretrained, config.after.pretrained)
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts, held_out=True)
     _refuse_unusable(config.scorers, prompts)
     trained_on = _trained_on(config)
@@ -79,8 +81,9 @@ def run(config: CompareConfig) -> Path:
             _draw_missing(folder / side, model, slots, config, identity, device, dtype)
         scores = _judge_all(config, slots, trained_on, device)
         report = Report(
-            prompt_set="held-out prompts" if config.prompts_path is None else "prompts",
+            prompt_set="held-out prompts" if all(map(_is_held_out, prompts)) else "prompts",
             num_prompts=len(prompts),
+            num_prompts_trained_on=_num_trained_on(config.after, prompts),
             seeds_per_prompt=config.seeds_per_prompt,
             metrics=tuple(summarise(metric) for metric in scores),
             methods=METHODS,
@@ -95,12 +98,7 @@ def run(config: CompareConfig) -> Path:
 
 def trained_on_metrics(adapter_path: Path) -> tuple[str, ...]:
     """Return the metrics that labelled an adapter's training pairs, as its run folder says; () where none does."""
-    start = adapter_path.parent if adapter_path.is_file() else adapter_path
-    for folder in (start, start.parent):
-        manifest = read_manifest(folder)
-        if manifest.get("made_by") == "train":
-            return tuple(manifest.get("labelled_by", ()))
-    return ()
+    return tuple(_training_facts(adapter_path).get("labelled_by", ()))
 
 
 # --- what is compared ------------------------------------------------------------------------------------------------
@@ -108,12 +106,6 @@ def trained_on_metrics(adapter_path: Path) -> tuple[str, ...]:
 
 def _refuse_unusable(scorers: Sequence[Scorer], prompts: Sequence[Prompt]) -> None:
     """Say before anything is drawn what would stop the judges afterwards."""
-    for prompt in prompts:
-        for reference in prompt.references:
-            try:
-                decode_rgb(reference)
-            except BrokenImage as error:
-                raise ConfigError(f"a reference image of the prompt {prompt.id} cannot be used: {error}") from None
     lacking = sum(not prompt.references for prompt in prompts)
     for scorer in scorers:
         if lacking and "reference" in scorer.needs:
@@ -139,6 +131,30 @@ def _trained_on(config: CompareConfig) -> frozenset[str]:
         if not labelled_by:
             warn("nothing says which metrics labelled the training pairs, so all are called held out; set trained_on")
     return frozenset().union(*(family for family in families if family & set(labelled_by or ())))
+
+
+def _training_facts(adapter_path: Path) -> dict[str, Any]:
+    """Return the manifest of the run folder that an adapter lies in, {} where there is none."""
+    start = adapter_path.parent if adapter_path.is_file() else adapter_path
+    for folder in (start, start.parent):
+        manifest = read_manifest(folder)
+        if manifest.get("made_by") == "train":
+            return manifest
+    return {}
+
+
+def _num_trained_on(model: ImageModel, prompts: Sequence[Prompt]) -> int:
+    """Count the prompts that the model's adapter was trained on, as far as its run folder says."""
+    if model.adapter_path is None:
+        return 0
+    seen = set(_training_facts(model.adapter_path).get("prompt_hashes", ()))
+    return sum(prompt_hash(prompt.text) in seen for prompt in prompts)
+
+
+def _is_held_out(prompt: Prompt) -> bool:
+    """Whether a prompt is known to be held out: it is a caption of the pocket world's held-out tenth."""
+    scene = parse_caption(prompt.text)
+    return scene is not None and is_held_out(scene)
 
 
 def _identity(config: CompareConfig, prompts: Sequence[Prompt], dtype: "torch.dtype") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data import PairSource, cache, collect
 from diffusion_dpo.data.order import Visit, draw_randomness, global_batch
+from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.errors import PairBatch, pair_errors
 from diffusion_dpo.files import atomic_path, claim, finish
@@ -47,6 +48,7 @@ _NOT_IDENTITY = {
     "output_dir",
 }
 _STEP_ZERO_TOLERANCE = 1e-3
+_MAX_PROMPT_HASHES = 100_000
 
 
 @dataclass
@@ -88,7 +90,13 @@ def run(config: TrainConfig) -> Path:
         state = prepare(config, model, data, dtype)
         trained_to = _train(state)
         adapter = card.save_model(model, config.output_dir)
-        facts = {"steps": trained_to, "num_pairs": len(data), "drops": data.drops, "labelled_by": source.labelled_by()}
+        facts = {
+            "steps": trained_to,
+            "num_pairs": len(data),
+            "drops": data.drops,
+            "labelled_by": source.labelled_by(),
+            "prompt_hashes": _prompt_hashes(state.prompts),
+        }
         card.write_card(config, adapter, facts)
         finish(config.output_dir, "train", identity, **facts)
     say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
@@ -336,6 +344,11 @@ def _preview_if_due(run: Run, step: int) -> None:
         for number, image in enumerate(images, start=start):
             with atomic_path(folder / f"{number:02d}.png") as partial:
                 image.save(partial, format="PNG")
+
+
+def _prompt_hashes(prompts: Sequence[str]) -> list[str]:
+    """Return by what `compare` recognises the prompts that were trained on; of very many, a part that is theirs."""
+    return sorted({prompt_hash(prompt) for prompt in prompts})[:_MAX_PROMPT_HASHES]
 
 
 def _write_text(path: Path, text: str) -> None:

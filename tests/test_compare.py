@@ -1,6 +1,8 @@
 """`compare` on tiny pipelines: with itself, swapped, repeated, interrupted, and what training says of its pairs."""
 
 import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import pytest
 from diffusion_dpo import compare
 from diffusion_dpo.compare import trained_on_metrics
 from diffusion_dpo.config import ConfigError, validate
+from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.files import write_json
+from diffusion_dpo.pocket.world import distinct_scenes
 from diffusion_dpo.report import Report
 from diffusion_dpo.settings import CompareConfig
 from tests.fakes import make_stable_diffusion
@@ -31,7 +35,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(first: Path, second: Path, output_dir: Path, **changes: object) -> CompareConfig:
+    """A comparison on four held-out captions of the pocket world."""
+    captions = first.parent / "captions.txt"
+    captions.write_text("\n".join(scene.caption for scene in islice(distinct_scenes(0, held_out=True), 4)))
     settings = {
+        "prompts_path": str(captions),
         "before": {"pretrained": str(first)},
         "after": {"pretrained": str(second)},
         "num_prompts": 4,
@@ -114,6 +122,20 @@ def test_a_new_scorer_reuses_the_images(
     assert report.prompt_set == "held-out prompts"
 
 
+def test_prompts_that_were_trained_on_are_counted(
+    models: tuple[Path, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tmp_path / "trained"
+    shutil.copytree(models[1] / "unet", trained / "unet")
+    seen = prompts.read_text(encoding="utf-8").splitlines()[:3]
+    write_json(trained / "manifest.json", {"made_by": "train", "prompt_hashes": [prompt_hash(text) for text in seen]})
+    after = {"pretrained": str(models[0]), "adapter_path": str(trained)}
+    report = run(config(*models, tmp_path / "run", prompts_path=str(prompts), after=after))
+    assert (report.num_prompts_trained_on, report.num_prompts, report.prompt_set) == (3, 4, "prompts")
+    assert "3 of 4 prompts were in the training pairs" in " ".join(capsys.readouterr().out.split())
+    assert run(config(*models, tmp_path / "new", after=after)).num_prompts_trained_on == 0
+
+
 def test_images_that_cannot_be_scored_are_counted_and_left_out(models: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle on a blue background\nno scene\n", encoding="utf-8")
@@ -151,6 +173,7 @@ def test_a_scorer_that_labelled_makes_all_of_its_metrics_trained_on(models: tupl
     [
         ({"trained_on": ["brigthness"]}, "trained_on names 'brigthness'"),
         ({"after": {"adapter_path": "nowhere"}}, "adapter_path nowhere does not exist"),
+        ({"prompts_path": None}, "give prompts_path"),
         ({"prompts_path": "nowhere.txt"}, "there is no file nowhere.txt"),
     ],
 )
@@ -166,5 +189,5 @@ def test_a_broken_reference_is_named_before_anything_is_drawn(models: tuple[Path
     (tmp_path / "face.png").write_bytes(b"no image")
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "a", "id": "anna", "references": ["face.png"]}), encoding="utf-8")
-    with pytest.raises(ConfigError, match="reference .face.png.: not an image file"):
+    with pytest.raises(ConfigError, match=r"reference .face\.png.: not an image file"):
         compare.run(config(*models, tmp_path / "run", prompts_path=str(path)))

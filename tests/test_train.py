@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 
 from diffusion_dpo import train
 from diffusion_dpo.config import ConfigError, dump, load
+from diffusion_dpo.data.prompts import prompt_hash
+from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.interrupt import Interrupted
 from diffusion_dpo.settings import TrainConfig
 
@@ -260,7 +262,11 @@ def test_the_run_folder_holds_what_it_promises(tiny_sd: Path, tiny_pairs: Path, 
     assert train.run(config) == tmp_path / "adapter"
     assert load(TrainConfig, tmp_path / "config.yaml") == config
     assert json.loads((tmp_path / "environment.json").read_text())["torch"] == importlib.metadata.version("torch")
-    assert "load_lora_weights" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "load_lora_weights" in card and "prompts_path=PROMPTS.txt" in card
+    assert json.loads((tmp_path / "manifest.json").read_text())["prompt_hashes"] == sorted(
+        {prompt_hash(row["prompt"]) for row in read_rows(tiny_pairs, ["prompt"])}
+    )
     assert {path.name for path in (tmp_path / "previews").iterdir()} == {"step-00000000", "step-00000006"}
     assert len(list((tmp_path / "checkpoints").iterdir())) == config.checkpoints_total_limit
     weights = load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")

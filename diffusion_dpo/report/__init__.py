@@ -79,6 +79,8 @@ class Report(Config):
     """What the prompts are, in the plural, e.g. `held-out prompts`."""
     num_prompts: int = Field(ge=1)
     """Prompts compared."""
+    num_prompts_trained_on: int = Field(0, ge=0)
+    """How many of them were in the pairs that the tuned model was trained on, as far as is known."""
     seeds_per_prompt: int = Field(ge=1)
     """Pairs of images drawn for each prompt."""
     metrics: tuple[MetricResult, ...]

@@ -143,6 +143,11 @@ def cautions(report: Report) -> list[str]:
         )
     if main and not held_out:
         notes.append("Every metric labelled the training pairs; none is held out, so a rise here proves little.")
+    if report.num_prompts_trained_on:
+        notes.append(
+            f"{report.num_prompts_trained_on} of {count(report.num_prompts, 'prompts')} were in the training pairs: "
+            "what is gained on them may not hold for others."
+        )
     if report.num_prompts < 20:
         notes.append(
             f"With {count(report.num_prompts, 'prompts')}, intervals come out too narrow; 64 or more are better."
