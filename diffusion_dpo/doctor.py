@@ -1,5 +1,6 @@
 """`doctor`: what this machine can do, in words or as JSON for a bug report (no tokens, no name of a home folder)."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -96,10 +97,13 @@ def examine() -> dict[str, Any]:
 
 def _devices() -> tuple[list[dict[str, Any]], str | None]:
     """The devices that torch sees, the one that `device=auto` takes first; or why torch cannot be used."""
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        return [], f"torch cannot be imported: {error}"
+    for name in ("torch", "torchvision"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+            return [], f"{name} cannot be imported: {error}"
+    import torch
+
     found: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)

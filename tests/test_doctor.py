@@ -1,6 +1,7 @@
 """The doctor: complete, honest about what it sees, and silent about who asks."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def test_the_verdict_follows_the_card(memory_gib: int, says: str, monkeypatch: p
 def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/nvidia-smi")
     assert "torch sees no GPU" in doctor._verdict(_findings())
+
+
+def test_a_torchvision_of_another_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision.py").write_text('raise RuntimeError("operator torchvision::nms does not exist")')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    devices, error = doctor._devices()
+    assert devices == [] and error == "torchvision cannot be imported: operator torchvision::nms does not exist"
+    assert "torchvision::nms" in doctor._verdict(_findings(torch_error=error))
 
 
 def test_missing_weights_and_a_broken_torch_are_named() -> None:
