@@ -24,6 +24,13 @@ def test_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> N
     assert load(cls, complete) == config
 
 
+def test_held_out_prompts_are_not_those_that_pairs_are_made_of() -> None:
+    held_out, others = (
+        (ROOT / "configs" / name).read_text().splitlines() for name in ("held_out_prompts.txt", "prompts.txt")
+    )
+    assert len(set(held_out)) == 24 and not set(held_out) & set(others)
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config_is_short_and_has_a_header(path: Path) -> None:
     lines = path.read_text().splitlines()
