@@ -23,7 +23,7 @@ from diffusion_dpo.settings import ImageModel, Sampling
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--prompts", type=int, default=128, help="held-out prompts with one object, and as many with two"
+        "--prompts", type=int, default=48, help="held-out prompts with one object, and as many with two"
     )
     parser.add_argument("--renderings", type=int, default=2000)
     parser.add_argument("--sheet", type=Path, default=Path(__file__).parents[1] / "docs" / "pocket-samples.png")

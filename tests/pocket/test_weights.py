@@ -74,7 +74,7 @@ def test_clip_prefers_the_caption_of_an_image_to_others() -> None:
 def test_the_base_draws_recognisable_scenes_that_are_not_always_right(pipeline: StableDiffusionPipeline) -> None:
     share = {}
     for num_items in (1, 2):
-        scenes = list(islice(distinct_scenes(5, num_items=num_items, held_out=True), 96))
+        scenes = list(islice(distinct_scenes(5, num_items=num_items, held_out=True), 48))
         right = []
         for start in range(0, len(scenes), 32):
             batch = scenes[start : start + 32]
