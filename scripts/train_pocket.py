@@ -142,6 +142,11 @@ def export(work: Path, seed: int, target: Path) -> None:
     )
     shutil.rmtree(target, ignore_errors=True)
     pipeline.to(torch.float16).save_pretrained(target / "stable-diffusion")
+    text_config = target / "stable-diffusion" / "text_encoder" / "config.json"
+    settings = json.loads(text_config.read_text()) | {
+        "dtype": "float32"
+    }  # or transformers loads what it finds: float16
+    text_config.write_text(json.dumps(settings, indent=2) + "\n")
     clip_dir = target / "clip"
     tokenizer.save_pretrained(clip_dir)
     state = load_file(stage_file(work, "clip"))

@@ -394,7 +394,9 @@ def test_hub_downloads_what_it_needs_and_explains_what_it_cannot(tmp_path):
     endpoint = f"http://127.0.0.1:{server.server_port}"
     cache = tmp_path / "cache"
     try:
-        good, missing, gated = read_hub(cache, "o/good", "o/missing", "o/gated", HF_ENDPOINT=endpoint)
+        good, missing, gated = read_hub(
+            cache, "o/good", "o/missing", "o/gated", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0"
+        )
     finally:
         server.shutdown()
     assert good == ["train-0", "train-0"]
