@@ -118,13 +118,15 @@ def test_the_frozen_reference_does_not_move(tiny_sd: Path, tiny_pairs: Path, tmp
 
 
 def test_accumulated_micro_batches_equal_one_batch(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    """To float error, which beta (here 100) multiplies and which grows from step to step."""
     for size in (1, 2, 4):
-        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / str(size), f"per_device_batch_size={size}"))
+        overrides = [f"per_device_batch_size={size}", "loss.beta=100"]
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / str(size), *overrides))
     runs = [read_metrics(tmp_path / str(size)) for size in (1, 2, 4)]
-    for rows in zip(*runs, strict=True):
+    for step, rows in enumerate(zip(*runs, strict=True)):
         for key in ("loss", "grad_norm", "errors/chosen", "errors/reference_rejected"):
             values = [row[key] for row in rows]
-            assert values == pytest.approx([values[0]] * 3, rel=1e-3), key
+            assert values == pytest.approx([values[0]] * 3, rel=1e-4 if step == 0 else 1e-2), key
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
