@@ -166,7 +166,9 @@ def test_kill_9_at_random_moments_changes_nothing(tiny_sd: Path, tiny_pairs: Pat
     random_moments = random.Random(0)
     killed = 0
     for _ in range(20):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        )
         metrics = tmp_path / "killed" / "metrics.jsonl"
         written = metrics.stat().st_size if metrics.exists() else 0
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > written):
