@@ -1,6 +1,7 @@
 """Fixtures that many tests share: small real models and small real data."""
 
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from tests.fakes import make_stable_diffusion
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals() -> None:
+    """Started in the background or by nohup, signals would be ignored, here and in every process the tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])
