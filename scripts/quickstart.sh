@@ -4,7 +4,7 @@
 #   scripts/quickstart.sh                    # into runs/demo
 #   scripts/quickstart.sh seed=1             # settings are passed on to `diffusion-dpo demo`
 #
-# The demo takes about four minutes on two CPU cores and needs no network; installing takes longer.
+# The demo takes two to three minutes on two CPU cores and needs no network; installing takes about five.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
