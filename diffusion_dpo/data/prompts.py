@@ -13,7 +13,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.folder import read_inside
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
-from diffusion_dpo.pocket.world import distinct_scenes
+from diffusion_dpo.pocket.world import distinct_scenes, num_captions
 
 NUM_POCKET_PROMPTS = 64
 
@@ -31,12 +31,11 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
     """Return the prompts of a .txt, .tsv or .jsonl file, in its order; for None, prompts of the pocket world.
 
     `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises
-    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, and for a reference that
-    is no image inside the file's folder.
+    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, for a reference that is no
+    image inside the file's folder, and for a limit above what the pocket world has.
     """
     if path is None:
-        scenes = islice(distinct_scenes(0, held_out=held_out), limit or NUM_POCKET_PROMPTS)
-        return [_prompt(scene.caption) for scene in scenes]
+        return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out)
     readers = {".txt": _read_txt, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
     if path.suffix not in readers:
         raise ConfigError(f"prompts_path {path} must end in .txt, .tsv or .jsonl")
@@ -74,6 +73,14 @@ def refuse_foreign_defaults(path: Path | None, *models: str) -> None:
 def prompt_hash(text: str) -> str:
     """Return a short hash (12 hex digits), by which a training run remembers its prompts."""
     return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+
+
+def _pocket_prompts(count: int, held_out: bool) -> list[Prompt]:
+    available = num_captions(held_out=held_out)
+    if count > available:
+        split = "held-out " if held_out else ""
+        raise ConfigError(f"num_prompts is {count}, and the pocket world has {available} {split}captions")
+    return [_prompt(scene.caption) for scene in islice(distinct_scenes(0, held_out=held_out), count)]
 
 
 def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()) -> Prompt:

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -114,11 +116,29 @@ def sample_scene(rng: np.random.Generator, *, num_items: int | None = None, held
             return scene
 
 
+@cache
+def num_captions(*, num_items: int | None = None, held_out: bool = False) -> int:
+    """Count the captions of a split; of one object there are few (75 held-out ones), of two many thousands."""
+    count = 0
+    for number in (1, 2) if num_items is None else (num_items,):
+        relations = RELATIONS if number == 2 else (None,)
+        for background in COLORS:
+            named = [Item(color, shape) for color, shape in product(COLORS, SHAPES) if color != background]
+            contents = (Scene(items, background, r) for items in product(named, repeat=number) for r in relations)
+            wordings = (len(SIZES) + 1) ** number  # of each item a size is said, or none
+            count += wordings * sum(is_held_out(scene) == held_out for scene in contents)
+    return count
+
+
 def distinct_scenes(seed: int, *, num_items: int | None = None, held_out: bool = False) -> Iterator[Scene]:
-    """Yield random scenes without repeating a caption; the sequence is a function of the arguments."""
+    """Yield random scenes without repeating a caption, until there is none left (see `num_captions`).
+
+    The sequence is a function of the arguments. The last scenes of a large split are slow to come: all are drawn at
+    random until each has turned up.
+    """
     rng = np.random.default_rng([seed, 2 if num_items is None else num_items, held_out])
     seen: set[str] = set()
-    while True:
+    while len(seen) < num_captions(num_items=num_items, held_out=held_out):
         scene = sample_scene(rng, num_items=num_items, held_out=held_out)
         if scene.caption not in seen:
             seen.add(scene.caption)

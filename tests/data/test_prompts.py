@@ -98,6 +98,11 @@ def test_pocket_prompts_are_split_by_content():
     assert len(read_prompts(None, limit=5)) == 5
 
 
+def test_more_prompts_than_the_pocket_world_has_are_refused_at_once():
+    with pytest.raises(ConfigError, match="num_prompts is 999999, and the pocket world has 23583 held-out captions"):
+        read_prompts(None, limit=999_999, held_out=True)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffusion_dpo.pocket import world
 from diffusion_dpo.pocket.oracle import check, read_scene
 from diffusion_dpo.pocket.world import (
     COLORS,
@@ -13,6 +14,7 @@ from diffusion_dpo.pocket.world import (
     Scene,
     distinct_scenes,
     is_held_out,
+    num_captions,
     parse_caption,
     render,
     sample_scene,
@@ -32,6 +34,36 @@ def test_captions_are_read_back():
 def test_there_are_more_than_ten_thousand_prompts():
     captions = {scene.caption for scene in islice(distinct_scenes(0), 10_500)}
     assert len(captions) == 10_500
+
+
+def test_scenes_come_in_an_order_that_stays():
+    assert [scene.caption for scene in islice(distinct_scenes(0), 3)] == [
+        "a small blue square on a black background",
+        "a small green square left of a red square on a purple background",
+        "a large red square on a black background",
+    ]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_scenes_end_where_the_world_does(held_out: bool, monkeypatch: pytest.MonkeyPatch):
+    draws = 0
+
+    def counted(*arguments, **settings):
+        nonlocal draws
+        draws += 1
+        assert draws < 50_000, "it goes on for ever"
+        return sample_scene(*arguments, **settings)
+
+    monkeypatch.setattr(world, "sample_scene", counted)
+    scenes = list(distinct_scenes(0, num_items=1, held_out=held_out))
+    assert len({scene.caption for scene in scenes}) == len(scenes) == num_captions(num_items=1, held_out=held_out)
+
+
+def test_captions_are_counted_as_they_can_be_drawn():
+    assert [num_captions(num_items=1, held_out=side) for side in (True, False)] == [75, 8 * 7 * 4 * 3 - 75]
+    both = sum(num_captions(num_items=2, held_out=side) for side in (True, False))
+    assert both == 8 * (7 * 4) ** 2 * 4 * 9
+    assert num_captions(held_out=True) == num_captions(num_items=2, held_out=True) + 75
 
 
 def test_the_split_is_by_content_and_blind_to_size_and_wording():
