@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusion_dpo.pocket.oracle import check
-from diffusion_dpo.pocket.world import Scene, distinct_scenes, render
+from diffusion_dpo.pocket.world import Scene, distinct_scenes, num_captions, render
 from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline
 from diffusion_dpo.scorers import ScoreRequest
 from diffusion_dpo.scorers.clip import Clip
@@ -25,9 +25,13 @@ def main() -> None:
     parser.add_argument(
         "--prompts", type=int, default=48, help="held-out prompts with one object, and as many with two"
     )
+    parser.add_argument("--seeds", type=int, default=4, help="images a prompt")
     parser.add_argument("--renderings", type=int, default=2000)
     parser.add_argument("--sheet", type=Path, default=Path(__file__).parents[1] / "docs" / "pocket-samples.png")
     args = parser.parse_args()
+    most = num_captions(num_items=1, held_out=True)
+    if not 2 <= args.prompts <= most:
+        parser.error(f"--prompts is {args.prompts}; it must be 2 to {most}, the held-out captions with one object")
     pipeline = load_pipeline(ImageModel(), device=torch.device("cpu"), dtype=torch.float32)
     scenes, images = rendered(args.renderings)
     print(f"oracle, clean renderings:    {np.mean([check(i, s)[1] for i, s in zip(images, scenes, strict=True)]):.4f}")
@@ -40,12 +44,16 @@ def main() -> None:
         for num_items in (1, 2):
             held_out = list(islice(distinct_scenes(1, num_items=num_items, held_out=True), args.prompts))
             began = time.perf_counter()
-            drawn = draw_scenes(pipeline, held_out, guidance)
-            seconds = (time.perf_counter() - began) * 64 / len(held_out)
-            facts, right = np.array([check(i, s) for i, s in zip(drawn, held_out, strict=True)]).T
+            drawn = draw_scenes(pipeline, held_out, guidance, args.seeds)
+            seconds = (time.perf_counter() - began) * 64 / len(drawn)
+            asked = [scene for scene in held_out for _ in range(args.seeds)]
+            verdicts = np.array([check(i, s) for i, s in zip(drawn, asked, strict=True)])
+            facts, right = verdicts.reshape(args.prompts, args.seeds, 2).mean(axis=1).T
             print(
-                f"guidance {guidance}, {num_items} object(s): all facts right {right.mean():.3f}, "
-                f"facts right {facts.mean():.3f}; {seconds:.1f} s for 64 images on {torch.get_num_threads()} threads"
+                f"guidance {guidance}, {num_items} object(s): all facts right {mean_and_error(right)}, "
+                f"facts right {mean_and_error(facts)}; "
+                f"{seconds:.1f} s for 64 images on {torch.get_num_threads()} threads",
+                flush=True,
             )
     sheet = [
         *islice(distinct_scenes(2, num_items=1, held_out=True), 8),
@@ -71,13 +79,19 @@ def reconstruct(pipeline, images: list[Image.Image]) -> list[Image.Image]:
     return decoded
 
 
-def draw_scenes(pipeline, scenes: list[Scene], guidance: float) -> list[Image.Image]:
+def draw_scenes(pipeline, scenes: list[Scene], guidance: float, seeds: int = 1) -> list[Image.Image]:
+    """Draw `seeds` images of each scene, those of one scene one after the other."""
     sampling = Sampling(guidance_scale=guidance)
-    requests = [DrawRequest(scene.caption, image_seed(0, scene.caption, 0)) for scene in scenes]
+    requests = [DrawRequest(s.caption, image_seed(0, s.caption, k)) for s in scenes for k in range(seeds)]
     images = []
     for start in range(0, len(requests), sampling.batch_size):
         images += draw(pipeline, requests[start : start + sampling.batch_size], sampling)
     return images
+
+
+def mean_and_error(by_prompt: np.ndarray) -> str:
+    """Return mean +- standard error of one value a prompt; the seeds of a prompt are averaged before."""
+    return f"{by_prompt.mean():.3f} +- {by_prompt.std(ddof=1) / len(by_prompt) ** 0.5:.3f}"
 
 
 def clip_accuracy(images: list[Image.Image], scenes: list[Scene]) -> float:
