@@ -5,18 +5,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
+from diffusion_dpo.models.adapters import add_adapter, find_adapter
+from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.settings import ImageModel, Sampling
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,22 +36,8 @@ def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dt
     """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
     pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
     if model.adapter_path is not None:
-        _add_adapter(pipeline, model.adapter_path, model.adapter_scale)
+        add_adapter(pipeline, model.adapter_path, scale=model.adapter_scale)
     return pipeline
-
-
-def find_adapter(path: Path) -> tuple[Literal["lora", "unet"], Path]:
-    """Return what adapter a path holds, and where: a LoRA folder or file, a `unet/` folder, or a run folder."""
-    for folder in (path / "adapter", path):
-        if (folder / LORA_FILE).exists():
-            return "lora", folder
-    for folder in (path / "unet", path):
-        if (folder / "config.json").exists():
-            return "unet", folder
-    if path.is_file() and path.suffix == ".safetensors":
-        return "lora", path
-    what = "holds neither" if path.exists() else "does not exist; expected"
-    raise ConfigError(f"adapter_path {path} {what} {LORA_FILE} (a LoRA) nor unet/config.json (a full UNet)")
 
 
 def weights_hash(model: ImageModel) -> str:
@@ -71,31 +56,6 @@ def weights_hash(model: ImageModel) -> str:
             with file.open("rb") as stream:
                 digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _add_adapter(pipeline: "DiffusionPipeline", path: Path, scale: float) -> None:
-    """Put an adapter on a pipeline as training had it: a LoRA beside the weights, a full UNet in float32.
-
-    Added into half-precision weights, most of a small update would be rounded away.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    kind, where = find_adapter(path)
-    folder, name = (where.parent, where.name) if where.is_file() else (where, LORA_FILE)
-    try:
-        if kind == "lora":
-            pipeline.load_lora_weights(str(folder), weight_name=name, adapter_name="adapter")
-            if not pipeline.get_active_adapters():
-                raise ConfigError(f"the LoRA {where} has no weights for this model; was it trained on another family?")
-            pipeline.set_adapters("adapter", scale)
-        else:
-            unet = type(pipeline.unet).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-            pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last).eval())
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(f"cannot put the adapter {where} on this model: {first_sentence(error)}") from error
 
 
 def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], sampling: Sampling) -> list["Image"]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from diffusion_dpo.config import Plugin
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class DiffusionModel(Plugin):
@@ -24,6 +26,13 @@ class DiffusionModel(Plugin):
         """
         raise NotImplementedError
 
+    def usage(self, adapter: str) -> str:
+        """Return Python that loads the result of training, the folder `adapter`, with plain diffusers; "" if unknown.
+
+        For the model card: the last line leaves a pipeline called `pipe`.
+        """
+        return ""
+
 
 class LoadedModel(Protocol):
     """A live model. Images are float [-1, 1] of shape (B, 3, H, W); latents are scaled, float32, (B, C, h, w)."""
@@ -31,8 +40,10 @@ class LoadedModel(Protocol):
     device: "torch.device"
     resolution_px: int
     """The side that the model was made for."""
+    prediction_type: PredictionType
+    """What the denoiser predicts: the noise, v = alpha_t epsilon - sigma_t x_0, or the latents x_0."""
     base_hash: str
-    """Hash of the untrained denoiser's weights and of its noise schedule."""
+    """Hash of what the reference computes: the weights that training starts from, and the noise schedule."""
     encoder_hash: str
     """Hash of all that encodes images and prompts, weights and settings: the key of the latent cache."""
     pipeline: "DiffusionPipeline"
@@ -62,7 +73,7 @@ class LoadedModel(Protocol):
         """Return the noisy latents x_t."""
 
     def target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
-        """Return what the denoiser should predict: epsilon or v, by the model's own parameterisation."""
+        """Return what the denoiser should predict, by its `prediction_type`."""
 
     def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
         """Return the denoiser's prediction, float32, same shape as `noisy_latents`."""
@@ -77,4 +88,7 @@ class LoadedModel(Protocol):
         """Recompute activations in the backward pass."""
 
     def save(self, run_dir: Path) -> Path:
-        """Write the adapter or the full denoiser under `run_dir` as diffusers loads it; return its folder."""
+        """Write the policy as diffusers loads it, `adapter/` (on the pretrained model) or the full `unet/`.
+
+        Return that folder, which lies in `run_dir`. What training started from is part of what is written.
+        """

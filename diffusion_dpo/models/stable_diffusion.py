@@ -1,25 +1,27 @@
-"""Stable Diffusion 1.x and 2.x (epsilon and v-prediction): LoRA or full fine-tuning of the UNet."""
+"""Stable Diffusion 1.x and 2.x, whatever they predict: LoRA or full fine-tuning of the UNet, from any start."""
 
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import Field
 
 from diffusion_dpo.config import Config, ConfigError
-from diffusion_dpo.models import DiffusionModel, LoadedModel
-from diffusion_dpo.models.pipeline import load_base
+from diffusion_dpo.models import DiffusionModel, LoadedModel, PredictionType, adapters
+from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
     from torch import Tensor
 
-_ADAPTER = "default"
+_TRAINED, _START = "default", "start"
+"""The LoRA that is trained, and the one that it may start from, by peft's names."""
 
 
 class Lora(Config):
@@ -42,6 +44,8 @@ class StableDiffusion(DiffusionModel):
     """Branch, tag or commit on the hub; pin it for results that can be repeated."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    adapter_path: Path | None = None
+    """LoRA folder or file, `unet/` folder, or run folder that training starts from; it is part of the reference."""
     lora: Lora | None = Lora()
     """LoRA settings; null fine-tunes the whole UNet against a frozen copy of itself."""
 
@@ -49,6 +53,8 @@ class StableDiffusion(DiffusionModel):
         """Load the weights and add what is trained; `dtype` is that of the frozen parts and of the autocast."""
         import torch
 
+        if self.adapter_path is not None:
+            adapters.find_adapter(self.adapter_path)  # before gigabytes are loaded
         # a UNet that is trained as a whole must not be rounded on the way in
         dtypes = {"default": dtype, "unet": torch.float32 if self.lora is None else dtype}
         pipeline = load_base(
@@ -56,6 +62,16 @@ class StableDiffusion(DiffusionModel):
         )
         _require_stable_diffusion(self.pretrained, pipeline)
         return LoadedStableDiffusion(self, pipeline, dtype, seed)
+
+    def usage(self, adapter: str) -> str:
+        """See DiffusionModel."""
+        whole = Path(adapter).name == "unet"  # also of a LoRA that was trained on another whole UNet
+        names = "StableDiffusionPipeline" + (", UNet2DConditionModel" if whole else "")
+        base = str(POCKET_DIR) if self.pretrained == "pocket" else self.pretrained
+        loading = f"pipe.load_lora_weights({adapter!r})"
+        if whole:
+            loading = f"pipe.unet = UNet2DConditionModel.from_pretrained({adapter!r})"
+        return f"from diffusers import {names}\n\npipe = StableDiffusionPipeline.from_pretrained({base!r})\n{loading}"
 
 
 def _require_stable_diffusion(name: str, pipeline: "DiffusionPipeline") -> None:
@@ -76,55 +92,59 @@ def _require_stable_diffusion(name: str, pipeline: "DiffusionPipeline") -> None:
 class LoadedStableDiffusion(LoadedModel):
     """The live model. Trained weights are float32 whatever `dtype`; policy and reference share one autocast."""
 
-    def __init__(self, settings: StableDiffusion, pipeline, dtype: "torch.dtype", seed: int) -> None:  # type: ignore[no-untyped-def]
+    def __init__(
+        self, settings: StableDiffusion, pipeline: "StableDiffusionPipeline", dtype: "torch.dtype", seed: int
+    ) -> None:
         import torch
         from diffusers import DDPMScheduler
 
         assert settings.lora is not None or pipeline.unet.dtype == torch.float32
+        self._start = None
+        if settings.adapter_path is not None:
+            self._start = adapters.add_adapter(pipeline, settings.adapter_path, name=_START, unet_only=True)
         self.pipeline = pipeline
         self.unet = pipeline.unet
         self.device = pipeline.device
         self.dtype = dtype
         self.resolution_px = self.unet.config.sample_size * pipeline.vae_scale_factor
-        prediction = pipeline.scheduler.config.prediction_type
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ConfigError(f"{settings.pretrained} predicts {prediction!r}; epsilon or v_prediction is needed")
+        self.prediction_type = _prediction_type(settings.pretrained, pipeline)
         self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
         for module in (pipeline.vae, pipeline.text_encoder, self.unet):
             module.requires_grad_(False).eval()
-        self.base_hash = _hash([_facts(self.scheduler.config)], self.unet)
+        self.base_hash = _hash([_facts(self.scheduler.config), *_start_scales(self.unet)], self.unet)
         text = [_facts(pipeline.text_encoder.config.to_dict()), pipeline.tokenizer.get_vocab()]
         self.encoder_hash = _hash([_facts(pipeline.vae.config), *text], pipeline.vae, pipeline.text_encoder)
         self._frozen_unet = None
         if settings.lora is None:
+            if self._start == "lora":
+                adapters.merge(self.unet)
             self._frozen_unet = copy.deepcopy(self.unet)
             self.unet.requires_grad_(True)
         else:
-            self._add_lora(settings, seed)
+            self._add_lora(settings.lora, seed)
+        self._lora_layers = list(adapters.lora_layers(self.unet).values())
 
-    def _add_lora(self, settings: StableDiffusion, seed: int) -> None:
+    def _add_lora(self, lora: Lora, seed: int) -> None:
         import torch
-        from diffusers.training_utils import cast_training_params
         from peft import LoraConfig
 
-        lora = settings.lora
-        assert lora is not None
         config = LoraConfig(
             r=lora.rank,
             lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
             init_lora_weights="gaussian",
             target_modules=list(lora.targets),
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the start: it is meant to be there
             torch.manual_seed(seed)
             try:
-                self.unet.add_adapter(config, adapter_name=_ADAPTER)
+                self.unet.add_adapter(config, adapter_name=_TRAINED)
             except ValueError as error:
                 raise ConfigError(
                     f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
                 ) from None
-        cast_training_params(self.unet, dtype=torch.float32)
+        adapters.train_only(self.unet, _TRAINED, beside=[_START] if self._start == "lora" else [])
 
     # --- encoding ---
 
@@ -172,9 +192,11 @@ class LoadedStableDiffusion(LoadedModel):
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
-        """Epsilon, or v = alpha_t epsilon - sigma_t x_0 (arXiv 2202.00512)."""
-        if self.scheduler.config.prediction_type == "epsilon":
+        """Epsilon, x_0, or v = alpha_t epsilon - sigma_t x_0 (arXiv 2202.00512)."""
+        if self.prediction_type == "epsilon":
             return noise
+        if self.prediction_type == "sample":
+            return latents
         return self.scheduler.get_velocity(latents, noise, timesteps)
 
     def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
@@ -187,16 +209,13 @@ class LoadedStableDiffusion(LoadedModel):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Adapters off, or the frozen copy in the place of the trained UNet."""
+        """The trained LoRA left out, or the frozen copy in the place of the trained UNet."""
         import torch
 
         with torch.no_grad():
             if self._frozen_unet is None:
-                self.unet.disable_adapters()
-                try:
+                with adapters.left_out(self._lora_layers, _TRAINED):
                     yield
-                finally:
-                    self.unet.enable_adapters()
             else:
                 policy, self.unet = self.unet, self._frozen_unet
                 try:
@@ -215,22 +234,36 @@ class LoadedStableDiffusion(LoadedModel):
         self.unet.enable_gradient_checkpointing()
 
     def save(self, run_dir: Path) -> Path:
-        """Write `adapter/` as `pipe.load_lora_weights` reads it, alpha and rank in its header, or `unet/`."""
-        if self._frozen_unet is not None:
-            self.unet.save_pretrained(run_dir / "unet")
-            return run_dir / "unet"
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
+        """Write `adapter/`, for `pipe.load_lora_weights`, or the whole `unet/`, where that is trained or started from.
 
-        config = self.unet.peft_config[_ADAPTER].to_dict()
+        A LoRA that training started from is in the adapter too, so that the pretrained model needs nothing else.
+        """
+        if self._frozen_unet is not None or self._start == "unet":
+            whole = self.unet
+            if self._frozen_unet is None:
+                whole = copy.deepcopy(self.unet)
+                adapters.merge(whole)
+            whole.save_pretrained(run_dir / "unet")
+            return run_dir / "unet"
+        weights, config = adapters.one_lora(self.unet)
+        # by peft's names: in diffusers' own, which exist for attention only, it would lose the layers of other kinds
         self.pipeline.save_lora_weights(
-            run_dir / "adapter",
-            unet_lora_layers=convert_state_dict_to_diffusers(
-                get_peft_model_state_dict(self.unet, adapter_name=_ADAPTER)
-            ),
-            unet_lora_adapter_metadata=config,
+            run_dir / "adapter", unet_lora_layers=weights, unet_lora_adapter_metadata=config
         )
         return run_dir / "adapter"
+
+
+def _prediction_type(name: str, pipeline: "DiffusionPipeline") -> PredictionType:
+    prediction: PredictionType = pipeline.scheduler.config.prediction_type
+    if prediction not in get_args(PredictionType):
+        raise ConfigError(f"{name} predicts {prediction!r}; one of {', '.join(get_args(PredictionType))} is needed")
+    return prediction
+
+
+def _start_scales(unet: "torch.nn.Module") -> list[dict[str, float]]:
+    """How strongly the LoRA that training starts from acts on each layer; nothing without one."""
+    layers = adapters.lora_layers(unet)
+    return [{name: layer.scaling[_START] for name, layer in layers.items()}] if layers else []
 
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:

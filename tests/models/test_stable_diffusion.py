@@ -9,6 +9,7 @@ import torch
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, Lora, StableDiffusion
+from tests.fakes import make_stable_diffusion
 
 CPU = torch.device("cpu")
 
@@ -19,6 +20,7 @@ def load(path: Path, lora: Lora | None = None, dtype: torch.dtype = torch.float3
 
 def test_noise_and_targets_follow_the_schedule(any_sd: Path):
     model = load(any_sd)
+    assert model.prediction_type == any_sd.name
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_squared = torch.cumprod(1 - betas, 0)
     timesteps = torch.tensor([0, 1, 500, 999])
@@ -32,6 +34,13 @@ def test_noise_and_targets_follow_the_schedule(any_sd: Path):
     torch.testing.assert_close(target.double(), expected, rtol=1e-4, atol=1e-4)
     log_snr = 2 * (alpha / sigma).log().flatten()
     torch.testing.assert_close(model.log_snr(timesteps).double(), log_snr, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_predicts_the_latents_has_them_as_its_target(tmp_path: Path):
+    model = load(make_stable_diffusion(tmp_path, prediction_type="sample"))
+    latents, noise = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert model.prediction_type == "sample"
+    assert torch.equal(model.target(latents, noise, torch.tensor([0, 1, 500, 999])), latents)
 
 
 def test_timesteps_cover_the_whole_range_evenly(tiny_sd: Path):
@@ -104,14 +113,14 @@ def test_hashes_follow_weights_and_settings_and_not_the_folder(tiny_sd: Path, tm
     assert edited.encoder_hash != original.encoder_hash
 
 
-@pytest.mark.parametrize("fault", ["class", "channels", "truncated", "text encoder", "sample"])
+@pytest.mark.parametrize("fault", ["class", "channels", "truncated", "text encoder", "prediction"])
 def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(tiny_sd: Path, tmp_path: Path, fault: str):
     folder = tmp_path / "model"
     shutil.copytree(tiny_sd, folder)
     edits = {
         "class": ("model_index.json", "_class_name", "NoSuchPipeline"),
         "channels": ("unet/config.json", "in_channels", 9),
-        "sample": ("scheduler/scheduler_config.json", "prediction_type", "sample"),
+        "prediction": ("scheduler/scheduler_config.json", "prediction_type", "flow"),
     }
     if fault in edits:
         name, key, value = edits[fault]
