@@ -119,6 +119,72 @@ class Preview(Config):
     """How they are drawn."""
 
 
+class Weighting(Config):
+    """Which noise levels count, and in which space an error is measured."""
+
+    timesteps: Literal["constant", "min_snr", "elbo", "inv_alpha_sigma"] = "constant"
+    """constant: as published. min_snr: min(SNR, gamma) on the error of x_0 (2303.09556). elbo: that of the evidence
+    bound. inv_alpha_sigma: 1 / (alpha^2 sigma^2) on the error of epsilon, under which beta is the same pull at every
+    noise level."""
+    min_snr_gamma: float = Field(5.0, gt=0)
+    """gamma of min_snr."""
+    error_space: Literal["native", "epsilon", "x0"] = "native"
+    """Where errors are measured with constant weights: where the model predicts, or converted to epsilon or x_0."""
+    timestep_range: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.0, 1.0)
+    """Part of the noise schedule that timesteps are drawn from; 0 is the image, 1 is noise."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.timesteps != "constant" and self.error_space != "native":
+            raise ValueError(
+                f"timesteps={self.timesteps} says itself in which space errors count; leave error_space at native"
+            )
+        low, high = self.timestep_range
+        if low >= high:
+            raise ValueError(f"timestep_range must rise, not go from {low:g} to {high:g}")
+        return self
+
+
+class Regularizers(Config):
+    """Terms that are added to the objective, each with its weight; 0 leaves it out."""
+
+    sft: float = Field(0.0, ge=0)
+    """On the chosen image's error: keeps what was liked likely."""
+    chosen_hinge: float = Field(0.0, ge=0)
+    """On how far the chosen image's error is above the reference's."""
+    drift: float = Field(0.0, ge=0)
+    """On the mean squared distance between the predictions of policy and reference."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a term looks at the reference."""
+        return self.chosen_hinge > 0 or self.drift > 0
+
+
+class Reference(Config):
+    """What the policy is measured against and held to."""
+
+    type: Literal["auto", "ema"] = "auto"
+    """auto: the model as it was before training. ema: a running average of the policy, which follows it slowly."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Share of the average that is kept at every step of ema."""
+
+
+class Evaluation(Config):
+    """Held-out pairs, scored on a fixed grid of timesteps and noise, so that curves are smooth."""
+
+    share: float = Field(0.05, ge=0, lt=1)
+    """Share of the pairs that is held out, whole prompts at a time; 0 trains on all."""
+    max_pairs: int = Field(64, ge=1)
+    """Hold out at most so many pairs."""
+    num_timesteps: int = Field(8, ge=1)
+    """Timesteps of the grid, evenly spaced, each with its own noise."""
+    every_steps: int = Field(50, ge=1)
+    """Evaluate every so many steps, and at the end."""
+    max_kl: float | None = Field(None, gt=0)
+    """Stop when the estimated KL divergence from the reference, in nats per image, exceeds this."""
+
+
 class TrainConfig(Config):
     """Preference pairs -> a tuned model, by Diffusion-DPO (arXiv 2311.12908)."""
 
@@ -128,6 +194,29 @@ class TrainConfig(Config):
     """The preference pairs."""
     loss: plugin("losses") = "dpo"  # type: ignore[valid-type]
     """The objective."""
+    weighting: Weighting = Weighting()
+    """Which noise levels count."""
+    regularizers: Regularizers = Regularizers()
+    """What is added to the objective."""
+    safeguard_mu: float | None = Field(None, ge=0, le=1)
+    """Scale down the rejected image's gradient so that a step lowers the chosen image's error (Diffusion-SDPO,
+    2511.03317); null: off. Published: 0.9 for SD 1.5, 0.6 for SDXL."""
+    reference: Reference = Reference()
+    """What the policy is held to."""
+    score_metric: str | None = None
+    """The metric, for what looks at scores; null takes the one that labelled the pairs."""
+    score_gain_weighting: bool = False
+    """Weigh a pair by |2^s_chosen - 2^s_rejected|, with scores s from 0, the worst of the data, to 1, the best."""
+    swap_labels: bool = False
+    """Train towards what was rejected: a model to be used as the negative one of guidance (Diffusion-NPO)."""
+    order: Literal["shuffled", "curriculum"] = "shuffled"
+    """curriculum: first the pairs with the widest margin, then step by step the others (2405.13637)."""
+    curriculum_stages: int = Field(5, ge=2)
+    """Stages of the curriculum; each adds equally many pairs."""
+    curriculum_steps: int = Field(50, ge=1)
+    """Steps per stage; the last one, with all pairs, goes on to the end."""
+    evaluation: Evaluation = Evaluation()
+    """Held-out pairs."""
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate of AdamW. For Stable Diffusion 1.5: 1e-5 for LoRA; full fine-tuning at batch 2048: 2e-5."""
     warmup_steps: int = Field(0, ge=0)
@@ -160,12 +249,14 @@ class TrainConfig(Config):
     """Recompute activations in the backward pass: about a quarter slower, several times less memory."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
+    dataloader_num_workers: int = Field(0, ge=0)
+    """Processes that read batches ahead; the run is the same whatever their number."""
     checkpointing_steps: int = Field(100, ge=1)
     """Save a checkpoint every so many steps."""
     checkpoints_total_limit: int = Field(2, ge=1)
     """Keep at most so many checkpoints."""
-    preview: Preview = Preview()
-    """Images drawn while training."""
+    preview: Preview | None = Preview()
+    """Images drawn while training; null draws none."""
     max_broken_share: float = Field(0.05, ge=0, le=1)
     """Stop when more than this share of the rows is broken."""
     cache_dir: Path | None = None

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffusion_dpo.losses import Loss, PairErrors, PairLoss
+from diffusion_dpo.losses import Loss, PairErrors, PairLoss, expected, implicit_reward
 
 BetaConvention = Literal["salesforce", "diffusers_sdxl", "diffusers_sd", "paper"]
 
@@ -21,24 +21,26 @@ class DPO(Loss):
 
     beta: float = Field(2000.0, gt=0)
     """Strength of the pull towards the reference, on mean errors, with the factor 1/2: 2000 to 5000 is usual."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of labels that is taken to be wrong (conservative DPO): the margin then has a finite optimum."""
 
     def __call__(self, errors: PairErrors) -> PairLoss:
-        """Return -log sigmoid(u), or its expectation under `label_prob`; the rewards are (beta/2)(e_ref - e)."""
+        """Return -log sigmoid(u), or its expectation under uncertain labels; the rewards are (beta/2)(e_ref - e)."""
         from torch.nn import functional as F
 
-        assert errors.reference_chosen is not None and errors.reference_rejected is not None
-        chosen_reward = self.beta / 2 * (errors.reference_chosen - errors.chosen)
-        rejected_reward = self.beta / 2 * (errors.reference_rejected - errors.rejected)
-        logit = chosen_reward - rejected_reward
-        loss = errors.label_prob * F.softplus(-logit) + (1 - errors.label_prob) * F.softplus(logit)
+        chosen_reward = implicit_reward(self.beta, errors.reference_chosen, errors.chosen)
+        rejected_reward = implicit_reward(self.beta, errors.reference_rejected, errors.rejected)
+        label_prob = errors.label_prob + self.label_smoothing * (1 - 2 * errors.label_prob)
+        loss = expected(lambda u: F.softplus(-u), chosen_reward - rejected_reward, label_prob)
         return PairLoss(loss, chosen_reward.detach(), rejected_reward.detach())
 
 
 def convert_beta(beta: float, convention: BetaConvention, *, num_latent_elements: int) -> float:
     """Return the `beta` of this package that equals a published one.
 
-    - "salesforce", "diffusers_sdxl": factor 1/2, mean errors, as here.
-    - "diffusers_sd": `train_diffusion_dpo.py` leaves out the factor 1/2, so ours is twice its number.
+    - "salesforce", "diffusers_sdxl": factor 1/2, mean errors, as here. Likewise SDPO, DMPO, Linear-DPO, SmPO, InPO.
+    - "diffusers_sd": `train_diffusion_dpo.py` leaves out the factor 1/2, so ours is twice its number. Likewise
+      Diffusion-KTO, DCO and Diffusion-NPO's SD 1.5 script.
     - "paper": the pseudo-code sums over the `num_latent_elements` of one image and has no 1/2.
     """
     if convention == "paper":
