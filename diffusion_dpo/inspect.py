@@ -18,8 +18,11 @@ from diffusion_dpo.data import Dropped, PairSource
 from diffusion_dpo.data.candidates import IMAGE_SUFFIXES, Candidate, Unit, find_units
 from diffusion_dpo.data.collect import Collected, describe_drops, in_order, survey
 from diffusion_dpo.data.contact_sheet import GREEN, GREY, RED, Block, Tile, draw_sheet
-from diffusion_dpo.data.folder import EXAMPLE, METADATA, FolderData
+from diffusion_dpo.data.folder import EXAMPLE, METADATA, FolderData, read_metadata
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
+from diffusion_dpo.data.labelled import EXAMPLE as LABELLED_EXAMPLE
+from diffusion_dpo.data.labelled import KEYS as LABELLED_KEYS
+from diffusion_dpo.data.labelled import LabelledData
 from diffusion_dpo.data.pairs import PairsData
 from diffusion_dpo.data.pickapic import PickapicData
 from diffusion_dpo.data.scores import Verdict, read_all_verdicts, read_facts
@@ -30,6 +33,7 @@ from diffusion_dpo.settings import InspectConfig
 _EXPECTED = f"""Expected is one of
   a folder with {METADATA} and image files, one line per pair, such as {EXAMPLE}
   Parquet with the columns prompt, chosen, rejected (images as bytes): pairs
+  the same with image and label (true: liked) instead of chosen and rejected: labelled images
   Parquet with the columns caption, jpg_0, jpg_1, label_0: Pick-a-Pic
   Parquet with the column image, or a folder of image files: candidates"""
 _SIZES_SHOWN = 4
@@ -69,6 +73,9 @@ def _recognise(path: Path) -> PairSource | None:
     if not path.exists():
         raise ConfigError(f"there is no file or folder {path}; name one: diffusion-dpo inspect PATH")
     if (path / METADATA).is_file():
+        _, first = next(read_metadata(path, LABELLED_KEYS, LABELLED_EXAMPLE), ("", ""))
+        if isinstance(first, dict):
+            return LabelledData(path=path, type="labelled")
         return FolderData(path=path, type="folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     parquet = [file for file in files if file.suffix == ".parquet" and not file.name.startswith("scores-")]
@@ -78,6 +85,8 @@ def _recognise(path: Path) -> PairSource | None:
             return PairsData(path=path, type="pairs")
         if names >= {"caption", "jpg_0", "jpg_1", "label_0"}:
             return PickapicData(path=path, type="pickapic", ties="keep")
+        if names >= set(LABELLED_KEYS):
+            return LabelledData(path=path, type="labelled")
         if "image" in names:
             return None
         raise ConfigError(
@@ -98,13 +107,17 @@ def _inspect_pairs(path: Path, source: PairSource, num_images: int) -> _Findings
     found = survey(source)
     records = found.records
     prompts = [record.prompt for record in records]
+    num_pairs = sum(record.is_pair for record in records)
+    sizes = [size for r in records for size in (r.chosen_size_px, r.rejected_size_px) if any(size)]
     rows = [
-        ("kind", f"pairs (data.type={source.type})"),
+        ("kind", f"{'pairs' if num_pairs else 'labelled images'} (data.type={source.type})"),
         ("rows", str(len(records) + len(found.dropped))),
-        ("pairs", str(len(records))),
+        ("pairs", str(num_pairs) if num_pairs else _NOTHING),
+        ("liked images", str(sum(bool(r.chosen_uid) for r in records)) if not num_pairs else _NOTHING),
+        ("disliked images", str(sum(bool(r.rejected_uid) for r in records)) if not num_pairs else _NOTHING),
         ("ties", str(sum(record.label_prob == 0.5 for record in records))),
         ("prompts", f"{len(set(prompts))} different; words: {_spread(len(prompt.split()) for prompt in prompts)}"),
-        ("image sizes", _sizes([size for r in records for size in (r.chosen_size_px, r.rejected_size_px)])),
+        ("image sizes", _sizes(sizes)),
         ("label probability", _spread(record.label_prob for record in records)),
         ("margin", _spread(record.margin for record in records if record.margin is not None)),
     ]
@@ -132,6 +145,7 @@ def _pair_blocks(found: Collected, count: int) -> list[Block]:
             tiles = [
                 Tile(decode_rgb(data), " · ".join(filter(None, [name, _score_text(scores)])), edge)
                 for name, data, scores, edge in sides
+                if data
             ]
             blocks.append(Block(pair.prompt, tuple(tiles)))
     return blocks

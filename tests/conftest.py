@@ -1,6 +1,7 @@
 """Fixtures that many tests share: small real models and small real data."""
 
 import io
+import json
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.rows import make_pair
-from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
+from diffusion_dpo.data.shards import PAIRS, encode_png, located_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from tests.fakes import make_stable_diffusion
 
@@ -48,6 +49,18 @@ def tiny_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pair = make_pair("test", right.caption, chosen, rejected, source="test")
         assert isinstance(pair, PreferencePair)
         rows.append(pair_row(pair))
+    write_shard(folder / "pairs-00000.parquet", rows, PAIRS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scored_pairs(tiny_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs with a score on either side, higher where chosen."""
+    folder = tmp_path_factory.mktemp("scored-pairs")
+    rows = []
+    for number, (_, row) in enumerate(located_rows(tiny_pairs / "pairs-00000.parquet")):
+        scores = {"chosen_scores": {"shade": 1 + number / 10}, "rejected_scores": {"shade": 0.05 * number}}
+        rows.append(row | {side: json.dumps(values) for side, values in scores.items()})
     write_shard(folder / "pairs-00000.parquet", rows, PAIRS)
     return folder
 

@@ -10,9 +10,10 @@ from diffusion_dpo.config import Plugin
 class PreferencePair:
     """One prompt and two encoded images, the first of them preferred.
 
-    `chosen` and `rejected` are encoded image files (PNG, JPEG, ...), never paths. `label_prob` is the probability in
-    [0.5, 1] that chosen is the better one; 0.5 is a tie. Ids are stable: they come from the content, never from a
-    position in a file.
+    `chosen` and `rejected` are encoded image files (PNG, JPEG, ...), never paths; of an image that was judged by
+    itself (liked: chosen, disliked: rejected) the other side is empty. `label_prob` is the probability in [0.5, 1]
+    that chosen is the better one; 0.5 is a tie. Ids are stable: they come from the content, never from a position in a
+    file.
     """
 
     pair_id: str

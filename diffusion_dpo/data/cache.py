@@ -57,16 +57,15 @@ class LatentCache:
         self._prompts = list(prompts)
         self._open: dict[str, Any] = {}
 
-    def latents(self, indices: Sequence[int], flip: Sequence[bool]) -> "tuple[Tensor, Tensor]":
-        """Return the latents (B, C, h, w), float32, of the chosen and of the rejected images of some pairs."""
+    def latents(self, images: Sequence[tuple[int, int]], flip: Sequence[bool]) -> "Tensor":
+        """Return the latents (N, C, h, w), float32, of images, each named by its pair and its side: 0 is chosen."""
         import torch
 
         rows = [
-            self._row(f"pairs-{i // PAIRS_PER_FILE:05d}", "latents", i % PAIRS_PER_FILE)[int(mirrored)]
-            for i, mirrored in zip(indices, flip, strict=True)
+            self._row(f"pairs-{pair // PAIRS_PER_FILE:05d}", "latents", pair % PAIRS_PER_FILE)[int(mirrored), side]
+            for (pair, side), mirrored in zip(images, flip, strict=True)
         ]
-        chosen, rejected = torch.stack(rows).float().unbind(1)
-        return chosen, rejected
+        return torch.stack(rows).float()
 
     def conditioning(self, indices: Sequence[int], drop: Sequence[bool]) -> "dict[str, Tensor]":
         """Return the conditioning of the pairs' prompts, float32; of the empty prompt where `drop` is true."""
@@ -162,17 +161,21 @@ def _encode_pairs(
 
 
 def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random_flip: bool) -> "Tensor":
-    """Return latents (B, 1 or 2 mirrored, 2 sides, C, h, w) in the storage format."""
+    """Return latents (B, 1 or 2 mirrored, 2 sides, C, h, w) in the storage format; zeros for a side not there."""
     import torch
 
     noise = torch.stack([_posterior_noise(pair, encoders.latent_shape) for pair in batch])
     sides = []
     for side in ("chosen", "rejected"):
-        images = [to_square(decode_rgb(getattr(pair, side)), encoders.resolution_px) for pair in batch]
-        array = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-        pixels = array.permute(0, 3, 1, 2).float() / 127.5 - 1
-        views = [pixels, pixels.flip(3)] if random_flip else [pixels]
-        sides.append(torch.stack([encoders.images(view, noise).cpu() for view in views], dim=1))
+        there = [i for i, pair in enumerate(batch) if getattr(pair, side)]
+        encoded = torch.zeros(len(batch), 1 + random_flip, *encoders.latent_shape)
+        if there:
+            images = [to_square(decode_rgb(getattr(batch[i], side)), encoders.resolution_px) for i in there]
+            array = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+            pixels = array.permute(0, 3, 1, 2).float() / 127.5 - 1
+            views = [pixels, pixels.flip(3)] if random_flip else [pixels]
+            encoded[there] = torch.stack([encoders.images(view, noise[there]).cpu() for view in views], dim=1)
+        sides.append(encoded)
     return torch.stack(sides, dim=2).to(encoders.dtype)
 
 

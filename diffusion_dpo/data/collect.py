@@ -28,7 +28,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class PairRecord:
-    """What is kept of a pair: everything but its images. Sizes are (width, height) in px, uids are pixel hashes."""
+    """What is kept of a pair: everything but its images.
+
+    Sizes are (width, height) in px, uids are pixel hashes; (0, 0) and "" for the side that an image judged by itself
+    does not have.
+    """
 
     row: int
     """Position among all that the source yields."""
@@ -43,6 +47,11 @@ class PairRecord:
     chosen_scores: dict[str, float]
     rejected_scores: dict[str, float]
     margin: float | None
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether both sides are there."""
+        return bool(self.chosen_uid and self.rejected_uid)
 
 
 @dataclass(frozen=True)
@@ -178,6 +187,9 @@ def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropp
     where = item.where or item.pair_id
     facts = []
     for side, data in (("chosen", item.chosen), ("rejected", item.rejected)):
+        if not data:  # an image that was judged by itself
+            facts.append(("", (0, 0)))
+            continue
         try:
             image = decode_rgb(data)
         except BrokenImage as error:

@@ -1,7 +1,7 @@
 """A folder of image files with a metadata.jsonl: the format for pairs that are made by hand."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -22,9 +22,7 @@ class FolderData(PairSource):
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every line that is not blank."""
-        for number, line in self._lines():
-            where = f"{METADATA} line {number}"
-            entry = _parse(line)
+        for where, entry in read_metadata(self.path, _KEYS, EXAMPLE):
             if isinstance(entry, str):
                 yield Dropped(where, entry)
                 continue
@@ -36,20 +34,35 @@ class FolderData(PairSource):
 
     def num_rows(self) -> int:
         """Return the number of lines that are not blank."""
-        return sum(1 for _ in self._lines())
-
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        metadata = self.path / METADATA
-        try:
-            with metadata.open("rb") as file:
-                yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        except FileNotFoundError:
-            raise ConfigError(f"there is no {metadata}; write one line per pair, such as {EXAMPLE}") from None
-        except OSError as error:
-            raise ConfigError(f"cannot read {metadata}: {error.strerror}") from error
+        return count_metadata(self.path, EXAMPLE)
 
 
-def _parse(line: bytes) -> dict[str, Any] | str:
+def read_metadata(folder: Path, keys: Sequence[str], example: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield where it is, and the object, or why it is none, of every line of a folder's metadata.jsonl.
+
+    Raises ConfigError, showing `example`, when there is no such file.
+    """
+    for number, line in _lines(folder, example):
+        yield f"{METADATA} line {number}", _parse(line, keys)
+
+
+def count_metadata(folder: Path, example: str) -> int:
+    """Return how many lines `read_metadata` yields."""
+    return sum(1 for _ in _lines(folder, example))
+
+
+def _lines(folder: Path, example: str) -> Iterator[tuple[int, bytes]]:
+    metadata = folder / METADATA
+    try:
+        with metadata.open("rb") as file:
+            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no {metadata}; write one line per row, such as {example}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {metadata}: {error.strerror}") from error
+
+
+def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
     """Return the object of a line, or why it is none."""
     try:
         entry = json.loads(line)
@@ -57,7 +70,7 @@ def _parse(line: bytes) -> dict[str, Any] | str:
         return "not valid JSON"
     if not isinstance(entry, dict):
         return "not a JSON object"
-    missing = [key for key in _KEYS if key not in entry]
+    missing = [key for key in keys if key not in entry]
     return f"no {missing[0]!r}" if missing else entry
 
 

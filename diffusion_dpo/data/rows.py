@@ -29,12 +29,9 @@ def make_pair(
 
     Both images go through together, so a broken one can never leave its partner to a neighbour.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
-        return Dropped(where, "no prompt" if prompt is None or isinstance(prompt, str) else "the prompt is not text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        return Dropped(where, "the prompt is not valid Unicode")
+    fault = _prompt_fault(prompt)
+    if fault:
+        return Dropped(where, fault)
     images: list[bytes] = []
     for side, value in (("chosen", chosen), ("rejected", rejected)):
         try:
@@ -44,6 +41,32 @@ def make_pair(
     first, second = images
     identity = pair_id(prompt, first, second)
     return PreferencePair(identity, prompt, first, second, label_prob=label_prob, source=source, where=where)
+
+
+def make_labelled_image(where: str, prompt: Any, image: Any, label: Any, *, source: str) -> PreferencePair | Dropped:
+    """Return a single image with `label`, whether it is liked, as a pair whose other side is empty."""
+    fault = _prompt_fault(prompt)
+    if fault:
+        return Dropped(where, fault)
+    if label not in (0, 1, False, True):
+        return Dropped(where, "no label" if label is None else "the label is neither true nor false")
+    try:
+        data = image_bytes(image)
+    except BrokenImage as error:
+        return Dropped(where, f"image: {error}")
+    chosen, rejected = (data, b"") if label else (b"", data)
+    return PreferencePair(pair_id(prompt, chosen, rejected), prompt, chosen, rejected, source=source, where=where)
+
+
+def _prompt_fault(prompt: Any) -> str:
+    """Say what is wrong with a prompt, "" when nothing is."""
+    if not isinstance(prompt, str) or not prompt.strip():
+        return "no prompt" if prompt is None or isinstance(prompt, str) else "the prompt is not text"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        return "the prompt is not valid Unicode"
+    return ""
 
 
 def make_labelled_pair(

@@ -66,19 +66,27 @@ def test_latents_and_conditioning_belong_to_their_pair(tmp_path: Path, monkeypat
     pairs, encoders = make_pairs(13), CountingEncoders().make()
     opened = build(tmp_path, pairs, encoders)
     wanted = [12, 0, 7]
-    chosen, rejected = opened.latents(wanted, [False] * 3)
-    for row, index in enumerate(wanted):
-        torch.testing.assert_close(chosen[row], expected_latents(pairs[index], "chosen", encoders))
-        torch.testing.assert_close(rejected[row], expected_latents(pairs[index], "rejected", encoders))
+    for side, name in enumerate(("chosen", "rejected")):
+        latents = opened.latents([(index, side) for index in wanted], [False] * 3)
+        for row, index in enumerate(wanted):
+            torch.testing.assert_close(latents[row], expected_latents(pairs[index], name, encoders))
     assert opened.conditioning([0, 1], [False, True])["text"].tolist() == [[8.0], [0.0]]
 
 
 def test_flipped_latents_are_those_of_the_mirrored_images(tmp_path: Path):
     pairs, encoders = make_pairs(3), CountingEncoders().make()
     opened = build(tmp_path, pairs, encoders, random_flip=True)
-    plain, mirrored = (opened.latents([1], [flip]) for flip in (False, True))
-    for a, b in zip(plain, mirrored, strict=True):
-        torch.testing.assert_close(a.flip(3), b)
+    plain, mirrored = (opened.latents([(1, 0), (1, 1)], [flip] * 2) for flip in (False, True))
+    torch.testing.assert_close(plain.flip(3), mirrored)
+
+
+def test_an_image_judged_by_itself_has_no_other_side(tmp_path: Path):
+    pairs, encoders = make_pairs(3), CountingEncoders().make()
+    pairs[1] = replace(pairs[1], chosen=b"")
+    opened = build(tmp_path, pairs, encoders)
+    absent, present = opened.latents([(1, 0), (1, 1)], [False] * 2)
+    assert not absent.any()
+    torch.testing.assert_close(present, expected_latents(pairs[1], "rejected", encoders))
 
 
 def test_a_second_build_encodes_nothing_and_a_damaged_file_alone_is_made_again(tmp_path: Path, monkeypatch, capsys):

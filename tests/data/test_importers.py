@@ -276,7 +276,7 @@ def test_folder_names_bad_lines(tmp_path, line, why):
 
 def test_folder_without_metadata_shows_an_example(tmp_path):
     with pytest.raises(
-        ConfigError, match=r'there is no .*metadata\.jsonl; write one line per pair, such as \{"prompt"'
+        ConfigError, match=r'there is no .*metadata\.jsonl; write one line per row, such as \{"prompt"'
     ):
         list(FolderData(path=tmp_path).read())
 

@@ -11,7 +11,9 @@ IDS = [f"pair-{i}" for i in range(10)]
 
 
 def draw(visits: list[Visit], seed: int = 0, dropout: float = 0.3, flip: bool = True):
-    return draw_randomness(seed, visits, IDS, SHAPE, prompt_dropout=dropout, random_flip=flip)
+    return draw_randomness(
+        seed, visits, [IDS[visit.index] for visit in visits], SHAPE, prompt_dropout=dropout, random_flip=flip
+    )
 
 
 def test_every_epoch_visits_every_pair_once_across_batch_borders():

@@ -1,0 +1,42 @@
+"""Images that were judged one by one, liked or not: what Diffusion-KTO learns from, without pairs."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.folder import METADATA, count_metadata, read_inside, read_metadata
+from diffusion_dpo.data.rows import make_labelled_image
+
+KEYS = ("prompt", "image", "label")
+EXAMPLE = '{"prompt": "a cat", "image": "cat_1.png", "label": true}'
+
+
+class LabelledData(PairSource):
+    """Single images with `prompt`, `image` and `label` (true: liked): Parquet, or files with a metadata.jsonl."""
+
+    path: Path
+    """A Parquet file, a folder of them, or a folder with images and a metadata.jsonl."""
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        """Yield every row; the side that is not there is empty."""
+        from diffusion_dpo.data import shards
+
+        if (self.path / METADATA).exists():
+            for where, entry in read_metadata(self.path, KEYS, EXAMPLE):
+                image = entry if isinstance(entry, str) else read_inside(self.path, entry["image"])
+                if isinstance(entry, str) or isinstance(image, str):
+                    yield Dropped(where, str(image))
+                else:
+                    yield make_labelled_image(where, entry["prompt"], image, entry["label"], source="labelled")
+            return
+        for file in shards.parquet_files(self.path):
+            for where, row in shards.located_rows(file, KEYS):
+                yield make_labelled_image(where, row["prompt"], row["image"], row["label"], source="labelled")
+
+    def num_rows(self) -> int:
+        """Return the number of rows, from the files' footers, or of lines that are not blank."""
+        from diffusion_dpo.data import shards
+
+        if (self.path / METADATA).exists():
+            return count_metadata(self.path, EXAMPLE)
+        return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
