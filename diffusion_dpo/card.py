@@ -7,13 +7,12 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from diffusion_dpo import __version__
 from diffusion_dpo.config import command
 from diffusion_dpo.files import atomic_path, fsync_file, fsync_folder, write_json
-from diffusion_dpo.models import LoadedModel
-from diffusion_dpo.models.pipeline import POCKET_DIR
+from diffusion_dpo.models import DiffusionModel, LoadedModel
 from diffusion_dpo.settings import TrainConfig
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "open_clip_torch", "numpy", "pillow")
@@ -45,51 +44,43 @@ def save_model(model: LoadedModel, run_dir: Path) -> Path:
 
 
 def compare_command(config: TrainConfig) -> str:
-    """Return the command that compares the result of this training with its base.
+    """Return the command that compares the result of this training with what it started from.
 
     Only the pocket model has prompts of its own; for another one PROMPTS.txt stands for a file that is to be named.
     """
     model = config.model.model_dump()
     base = {key: model[key] for key in ("pretrained", "revision", "variant") if model.get(key) is not None}
     sides = {f"{side}.{key}": value for side in ("before", "after") for key, value in base.items()}
-    prompts = {} if model["pretrained"] == "pocket" else {"prompts_path": "PROMPTS.txt"}
+    if model.get("adapter_path") is not None:
+        sides["before.adapter_path"] = model["adapter_path"]
+    prompts = {} if model.get("pretrained") == "pocket" else {"prompts_path": "PROMPTS.txt"}
     return command("compare", {**sides, "after.adapter_path": config.output_dir, **prompts})
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
     """Write README.md, the model card, with how to load the result."""
     model, loss = config.model.model_dump(), config.loss.model_dump()
-    lora = model["lora"]
-    loading = (
-        f'pipe.load_lora_weights("{adapter.name}")'
-        if lora
-        else f'pipe.unet = UNet2DConditionModel.from_pretrained("{adapter.name}")'
-    )
-    what = f"LoRA of rank {lora['rank']}" if lora else "full fine-tuning of the UNet"
-    base = str(POCKET_DIR) if model["pretrained"] == "pocket" else model["pretrained"]
-    names = "StableDiffusionPipeline" if lora else "StableDiffusionPipeline, UNet2DConditionModel"
+    base = model.get("pretrained", model["type"])
+    usage = cast(DiffusionModel, config.model).usage(adapter.name)
+    prompts = config.preview.prompts if config.preview else ()
+    image = f"image = pipe({(prompts or ('your prompt',))[0]!r}).images[0]"
+    example = f"\n```python\n{usage}\n{image}\n```\n" if usage else ""
+    is_lora = adapter.name == "adapter"
+    kind, what = ("lora", "LoRA") if is_lora else ("full-fine-tuning", "full fine-tuning")
     text = f"""---
 library_name: diffusers
-base_model: {model["pretrained"]}
-tags: [diffusion-dpo, {loss["type"]}, {"lora" if lora else "full-fine-tuning"}]
+base_model: {base}
+tags: [diffusion-dpo, {loss["type"]}, {kind}]
 ---
 # {config.output_dir.name}
 
-{model["pretrained"]}, tuned on {facts["num_pairs"]} preference pairs with {loss["type"].upper()} ({what}) by
+{base}, tuned on {facts["num_pairs"]} preference pairs with {loss["type"]} ({what}) by
 diffusion-dpo {__version__}.
-
-```python
-from diffusers import {names}
-
-pipe = StableDiffusionPipeline.from_pretrained({base!r})
-{loading}
-image = pipe({(config.preview.prompts or ("your prompt",))[0]!r}).images[0]
-```
-
+{example}
 | setting | value |
 |---|---|
 | pairs | {facts["num_pairs"]}, labelled by {", ".join(facts["labelled_by"]) or "their source"} |
-| steps | {facts["steps"]} of {config.global_batch_size} pairs |
+| steps | {facts["steps"]} of {config.global_batch_size} |
 | learning rate | {config.learning_rate} |
 | objective | {", ".join(f"{key}={value}" for key, value in loss.items())} |
 | seed | {config.seed} |

@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: staged, hashed, renamed, and only then are old ones removed.
 
 A checkpoint is a folder `step-00000100/` of safetensors files, one per named part, and `manifest.json`, written last,
-with the size and sha256 of every file. Nothing is pickled, neither written nor read.
+with the size and sha256 of every file and a hash of itself. Nothing is pickled, neither written nor read.
 """
 
 import hashlib
@@ -55,7 +55,8 @@ def save(
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
             fsync_file(path)
         manifest = staging / _MANIFEST
-        manifest.write_text(json.dumps({"step": step, "state": dict(state), "files": files}, indent=2))
+        facts = {"step": step, "state": dict(state), "files": files}
+        manifest.write_text(json.dumps({**facts, "sha256": _sha256_of_facts(facts)}, indent=2))
         fsync_file(manifest)
         fsync_folder(staging)
         final = folder / f"step-{step:08d}"
@@ -96,13 +97,20 @@ def load_latest(folder: Path) -> Checkpoint | None:
 def _fault(path: Path) -> str:
     """Say what is wrong with a checkpoint, "" when it is whole."""
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest.pop("sha256") != _sha256_of_facts(manifest):
+            return f"{_MANIFEST} is not what was written"
+        files = manifest["files"]
         for name, facts in files.items():
             if (path / name).stat().st_size != facts["size"] or _sha256(path / name) != facts["sha256"]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _sha256_of_facts(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

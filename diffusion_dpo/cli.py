@@ -116,8 +116,19 @@ def _add_verb(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb != "inspect":
+    if _verb not in ("inspect", "train"):
         _add_verb(_verb)
+
+
+@app.command("train", help=VERBS["train"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _train(
+    arguments: _Arguments = None,
+    find_beta: Annotated[
+        bool, typer.Option("--find-beta", help="Recommend beta and learning_rate, from short probes; trains nothing.")
+    ] = False,
+) -> None:
+    path, overrides = _split(arguments or [])
+    _run("find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)

@@ -16,9 +16,10 @@ LAYERS = [
     {"registry", "interrupt"},
     {"config", "settings", "files", "console", "pocket", "device"},
     {"losses", "data", "models", "scorers", "checkpoint", "tracking"},
-    {"sampling", "report", "errors", "card"},
+    {"sampling", "report", "card"},
+    {"training"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor"},
-    {"demo"},  # the verbs, one after the other
+    {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "__main__"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}

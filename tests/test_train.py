@@ -1,16 +1,11 @@
-"""The trainer on tiny real models: right from the first step, and the same run however often it is stopped."""
+"""The trainer on tiny real models: right from the first step to what plain diffusers draws afterwards."""
 
 import importlib.metadata
 import json
 import math
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,53 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_dpo import train
-from diffusion_dpo.config import ConfigError, dump, load
+from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
-from diffusion_dpo.interrupt import Interrupted
+from diffusion_dpo.sampling import image_seed
 from diffusion_dpo.settings import TrainConfig
-
-
-def make_config(model: Path, pairs: Path, output_dir: Path, *overrides: str) -> TrainConfig:
-    common = [
-        f"model.pretrained={model}",
-        f"data.path={pairs}",
-        f"output_dir={output_dir}",
-        "max_steps=6",
-        "global_batch_size=4",
-        "per_device_batch_size=2",
-        "checkpointing_steps=2",
-        "learning_rate=1e-3",
-        "model.lora.rank=2",
-        "preview.sampling.num_inference_steps=2",
-        "preview.prompts=[abc]",
-    ]
-    return load(TrainConfig, None, [*common, *overrides])
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def final_state(run_dir: Path) -> dict[str, Any]:
-    """Everything that must be equal bit for bit: the last checkpoint, the saved weights and the metrics."""
-    last = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    files = [*last.glob("*.safetensors"), *run_dir.glob("adapter/*.safetensors"), *run_dir.glob("unet/*.safetensors")]
-    assert len(files) == 3
-    tensors = {
-        f"{file.name} {name}": tensor.contiguous().numpy().tobytes()
-        for file in files
-        for name, tensor in load_file(file).items()
-    }
-    return {**tensors, "metrics": (run_dir / "metrics.jsonl").read_text()}
-
-
-MODES = {
-    "lora": [],
-    "full": ["model.lora=null"],
-    "bf16": ["mixed_precision=bf16"],
-    "checkpointing": ["gradient_checkpointing=true"],
-}
+from tests.runs import MODES, make_config, read_metrics
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -117,114 +71,6 @@ def test_the_frozen_reference_does_not_move(tiny_sd: Path, tiny_pairs: Path, tmp
     assert still[-1]["errors/chosen"] != moving[-1]["errors/chosen"]
 
 
-def test_accumulated_micro_batches_equal_one_batch(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
-    """To float error, which beta (here 100) multiplies and which grows from step to step."""
-    for size in (1, 2, 4):
-        overrides = [f"per_device_batch_size={size}", "loss.beta=100"]
-        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / str(size), *overrides))
-    runs = [read_metrics(tmp_path / str(size)) for size in (1, 2, 4)]
-    for step, rows in enumerate(zip(*runs, strict=True)):
-        for key in ("loss", "grad_norm", "errors/chosen", "errors/reference_rejected"):
-            values = [row[key] for row in rows]
-            assert values == pytest.approx([values[0]] * 3, rel=1e-4 if step == 0 else 1e-2), key
-
-
-@pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
-    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, mode: str
-):
-    """Ctrl-C after each step in turn: saved, left with 130, and continued by the same command."""
-    whole = make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *MODES[mode])
-    train.run(whole)
-    config = make_config(tiny_sd, tiny_pairs, tmp_path / "stopped", *MODES[mode])
-    real_step, stops = train.train_step, []
-
-    def interrupted_step(run, step):
-        metrics = real_step(run, step)
-        if step not in stops:
-            stops.append(step)
-            signal.raise_signal(signal.SIGINT)
-        return metrics
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", interrupted_step)
-        for _ in range(6):
-            with pytest.raises(Interrupted) as stopped:
-                train.run(config)
-            assert stopped.value.exit_code == 130
-        train.run(config)
-    assert stops == list(range(6))
-    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_kill_9_at_random_moments_changes_nothing(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", "max_steps=30"))
-    config = make_config(tiny_sd, tiny_pairs, tmp_path / "killed", "max_steps=30")
-    (tmp_path / "config.yaml").write_text(dump(config))
-    command = [sys.executable, "-m", "diffusion_dpo", "train", str(tmp_path / "config.yaml")]
-    random_moments = random.Random(0)
-    killed = 0
-    for _ in range(20):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        )
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        written = metrics.stat().st_size if metrics.exists() else 0
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > written):
-            time.sleep(0.005)
-        time.sleep(random_moments.uniform(0, 0.4))
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        if process.returncode == 0:
-            break
-    assert killed >= 3
-    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
-    assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
-
-
-def test_running_a_finished_run_again_changes_nothing_and_more_steps_continue_it(
-    tiny_sd, tiny_pairs, tmp_path, capsys
-):
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", "max_steps=8"))
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again"))
-    before = final_state(tmp_path / "again")
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again"))
-    assert final_state(tmp_path / "again") == before
-    assert "trained to step 6 already" in capsys.readouterr().out
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again", "max_steps=8"))
-    assert final_state(tmp_path / "again") == final_state(tmp_path / "whole")
-
-
-def test_a_folder_of_another_run_is_refused_and_named(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=1"))
-    before = final_state(tmp_path)
-    with pytest.raises(ConfigError, match=r"(?s)another run.*learning_rate: 0.001 then, 0.002 now"):
-        train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "learning_rate=2e-3"))
-    assert final_state(tmp_path) == before
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
-    config = make_config(tiny_sd, tiny_pairs, tmp_path)
-    train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=2"))
-    real = train.pair_errors
-
-    def poisoned(model, batch, *, needs_reference):
-        errors = real(model, batch, needs_reference=needs_reference)
-        errors.chosen.data[0] = float("nan")
-        return errors
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ConfigError, match=r"step 3: loss.* is not finite.*pairs \w{32}"),
-    ):
-        patch.setattr(train, "pair_errors", poisoned)
-        train.run(config)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
-    train.run(config)
-    assert len(read_metrics(tmp_path)) == 6
-
-
 @pytest.mark.parametrize(("mode", "alpha"), [("lora", "null"), ("lora", "8"), ("full", "null")])
 def test_plain_diffusers_draws_what_training_draws(
     any_sd: Path, tiny_pairs: Path, tmp_path: Path, mode: str, alpha: str
@@ -246,7 +92,7 @@ image = pipe("abc", latents=noise, num_inference_steps=2, guidance_scale=1.5).im
 assert not any(name.startswith("diffusion_dpo") for name in sys.modules)
 image.save({str(tmp_path / "plain.png")!r})
 """
-    seed = train.image_seed(config.seed, "abc", 0)
+    seed = image_seed(config.seed, "abc", 0)
     torch.save(torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))[None], tmp_path / "noise.pt")
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     plain, ours, base = (

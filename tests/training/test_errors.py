@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
-from diffusion_dpo.errors import PairBatch, pair_errors
+from diffusion_dpo.losses import PairErrors
 from diffusion_dpo.losses.dpo import DPO
+from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors
 
 SHAPE = (4, 8, 8)
 
@@ -43,20 +45,24 @@ class KnownModel:
 
 
 @pytest.fixture
-def batch() -> PairBatch:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     chosen, rejected, noise = torch.randn(3, 5, *SHAPE, generator=generator)
-    return PairBatch(
-        chosen=chosen,
-        rejected=rejected,
+    return Batch(
+        latents=torch.stack([chosen, rejected], 1),
         noise=noise,
         timesteps=torch.tensor([1, 250, 500, 750, 999]),
         conditioning={"text": torch.linspace(-1, 1, 5)[:, None]},
-        label_prob=torch.ones(5),
+        labels=torch.tensor([[1.0, 0.0]] * 5),
+        weights=torch.ones(5),
     )
 
 
-def expected_error(batch: PairBatch, latents: torch.Tensor, pair: int, factor: float) -> float:
+def pair_errors(model: KnownModel, batch: Batch) -> PairErrors:
+    return denoising_errors(model, batch, reference=model.reference).as_pairs()
+
+
+def expected_error(batch: Batch, latents: torch.Tensor, pair: int, factor: float) -> float:
     """The error of one image, written out in float64 with the pair's own noise, timestep and prompt."""
     x, noise = latents[pair].double(), batch.noise[pair].double()
     noisy = x + batch.timesteps[pair].item() / 1000 * noise
@@ -64,11 +70,11 @@ def expected_error(batch: PairBatch, latents: torch.Tensor, pair: int, factor: f
     return (prediction - (noise - 2 * x)).square().mean().item()
 
 
-def test_every_error_is_that_of_its_own_image(batch: PairBatch):
-    errors = pair_errors(KnownModel(), batch, needs_reference=True)
+def test_every_error_is_that_of_its_own_image(batch: Batch):
+    errors = pair_errors(KnownModel(), batch)
     for pair in range(5):
-        for side in ("chosen", "rejected"):
-            latents = getattr(batch, side)
+        for column, side in enumerate(("chosen", "rejected")):
+            latents = batch.latents[:, column]
             assert getattr(errors, side)[pair].item() == pytest.approx(
                 expected_error(batch, latents, pair, 0.7), rel=1e-5
             )
@@ -77,9 +83,9 @@ def test_every_error_is_that_of_its_own_image(batch: PairBatch):
     assert torch.equal(errors.log_snr, -batch.timesteps.float())
 
 
-def test_gradients_reach_the_policy_and_not_the_reference(batch: PairBatch):
+def test_gradients_reach_the_policy_and_not_the_reference(batch: Batch):
     model = KnownModel()
-    errors = pair_errors(model, batch, needs_reference=True)
+    errors = pair_errors(model, batch)
     assert model.calls == ["reference", "policy"]
     assert errors.reference_chosen is not None
     assert not errors.reference_chosen.requires_grad
@@ -88,18 +94,51 @@ def test_gradients_reach_the_policy_and_not_the_reference(batch: PairBatch):
     assert model.factor.grad.abs() > 0
 
 
-def test_a_step_along_the_gradient_prefers_the_chosen_images(batch: PairBatch):
+def test_a_step_along_the_gradient_prefers_the_chosen_images(batch: Batch):
     model = KnownModel()
     model.factor = torch.tensor(0.3, requires_grad=True)  # where policy and reference agree
-    DPO(beta=10)(pair_errors(model, batch, needs_reference=True)).loss.mean().backward()
+    DPO(beta=10)(pair_errors(model, batch)).loss.mean().backward()
     with torch.no_grad():
         model.factor -= 0.01 * model.factor.grad
-    after = DPO(beta=10)(pair_errors(model, batch, needs_reference=True))
+    after = DPO(beta=10)(pair_errors(model, batch))
     assert (after.chosen_reward - after.rejected_reward).mean() > 0
 
 
-def test_the_reference_is_skipped_where_nobody_needs_it(batch: PairBatch):
+def test_the_reference_is_skipped_where_nobody_needs_it(batch: Batch):
     model = KnownModel()
-    errors = pair_errors(model, batch, needs_reference=False)
+    errors = denoising_errors(model, batch, reference=None)
     assert model.calls == ["policy"]
-    assert errors.reference_chosen is None
+    assert errors.reference is errors.drift is None
+
+
+def test_known_reference_predictions_give_the_same_errors(batch: Batch):
+    model = KnownModel()
+    noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
+    with model.reference():
+        prediction = model.predict(noisy_latents, timesteps, conditioning)
+    known = denoising_errors(model, batch, reference=None, reference_prediction=prediction)
+    fresh = denoising_errors(model, batch, reference=model.reference)
+    assert known.reference is not None and fresh.reference is not None
+    assert torch.equal(known.reference, fresh.reference)
+
+
+def test_drift_and_cross_are_those_of_the_predictions(batch: Batch):
+    model = KnownModel()
+    errors = denoising_errors(model, batch, reference=model.reference)
+    noisy_latents, *_, target = add_shared_noise(model, batch)
+    drift = ((0.7 - 0.3) * noisy_latents).square().flatten(1).mean(1)
+    assert errors.drift is not None and errors.cross is not None
+    torch.testing.assert_close(errors.drift, drift.view(2, 5).T)
+    text = batch.conditioning["text"].view(-1, 1, 1, 1).repeat(2, 1, 1, 1)
+    chosen, rejected = (0.7 * noisy_latents + text - target).chunk(2)
+    torch.testing.assert_close(errors.cross, (chosen * rejected).flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 4])
+def test_images_of_an_example_share_its_noise_and_prompt(batch: Batch, num_images: int):
+    latents = torch.randn(5, num_images, *SHAPE, generator=torch.Generator().manual_seed(1))
+    errors = denoising_errors(KnownModel(), replace(batch, latents=latents), reference=None)
+    for pair in range(5):
+        for column in range(num_images):
+            expected = expected_error(batch, latents[:, column], pair, 0.7)
+            assert errors.policy[pair, column].item() == pytest.approx(expected, rel=1e-5)

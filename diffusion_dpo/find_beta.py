@@ -1,0 +1,166 @@
+"""`train --find-beta`: short probes over beta and the learning rate, judged on held-out pairs, and a recommendation.
+
+Every probe starts from the same weights and sees the same pairs with the same noise. The most accurate wins, but of
+those within one standard error of it the one that stayed closest to the reference.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import progress, say, show, warn
+from diffusion_dpo.data import PairSource, collect
+from diffusion_dpo.device import pick_device, pick_dtype
+from diffusion_dpo.files import claim, finish, write_json
+from diffusion_dpo.losses import Loss
+from diffusion_dpo.models import DiffusionModel
+from diffusion_dpo.settings import TrainConfig
+from diffusion_dpo.train import train_step
+from diffusion_dpo.training import Run
+from diffusion_dpo.training.averaging import AveragedReference
+from diffusion_dpo.training.health import Health
+from diffusion_dpo.training.setup import make_optimizer, prepare, refuse_contradictions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+NUM_STEPS = 40
+_BETA_FACTORS = (0.2, 1.0, 5.0)
+_LEARNING_RATE_FACTORS = (0.3, 1.0, 3.0)
+_MAX_CHOSEN_ERROR = 0.05
+"""A probe that predicts the chosen images worse than this, relative to the reference, has broken the model."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One short training and what it did on held-out pairs; `metrics` is empty where it did not stay finite."""
+
+    beta: float | None
+    learning_rate: float
+    metrics: dict[str, float]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the model is still one."""
+        return bool(self.metrics) and self.metrics["eval/chosen_error"] < _MAX_CHOSEN_ERROR
+
+
+def run(config: TrainConfig) -> Path:
+    """Probe, print the table and the settings to take; return the folder with `probes.json`.
+
+    Raises ConfigError when there are no held-out pairs to judge by.
+    """
+    folder = config.output_dir.with_name(config.output_dir.name + "-find-beta")
+    config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
+    refuse_contradictions(config)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.mixed_precision, device)
+    data = collect.collect(cast(PairSource, config.data), max_broken_share=config.max_broken_share)
+    with claim(folder, "find-beta", {}):
+        model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
+        probes = list(_probe_all(prepare(config, model, data, dtype), dtype))
+        rows = [{"beta": p.beta, "learning_rate": p.learning_rate, "metrics": p.metrics} for p in probes]
+        write_json(folder / "probes.json", {"num_steps": NUM_STEPS, "probes": rows})
+        finish(folder, "find-beta", {})
+    best = recommend(probes)
+    _print_table(probes, best)
+    if best is None:
+        warn(
+            f"nothing to recommend: after {NUM_STEPS} steps no probe is more accurate on held-out pairs than a coin "
+            "by two standard errors without breaking the model; hold out more pairs (evaluation.share), or start from "
+            "another learning_rate"
+        )
+    else:
+        beta = "" if best.beta is None else f"loss.beta={best.beta:g} "
+        say(
+            f"take: {beta}learning_rate={best.learning_rate:g}, and to reuse what is encoded: cache_dir="
+            f"{config.cache_dir}\nall probes: {folder / 'probes.json'}"
+        )
+    return folder
+
+
+def recommend(probes: Sequence[Probe]) -> Probe | None:
+    """Return the probe to take, None when no sound one is better than chance by two standard errors."""
+    sound = [probe for probe in probes if probe.is_sound]
+    if not sound:
+        return None
+    best = max(sound, key=lambda probe: probe.metrics["eval/accuracy"])
+    error = best.metrics.get("eval/accuracy/se", math.inf)
+    if best.metrics["eval/accuracy"] - 2 * error <= 0.5:
+        return None
+    near = [probe for probe in sound if probe.metrics["eval/accuracy"] >= best.metrics["eval/accuracy"] - error]
+    return min(near, key=lambda probe: probe.metrics["eval/kl"])
+
+
+def _probe_all(run: Run, dtype: "torch.dtype") -> Iterator[Probe]:
+    if run.held_out is None:
+        raise ConfigError(
+            "no pairs are held out to judge the probes by: there are too few, or evaluation.share is 0, or the data "
+            "are single images"
+        )
+    start = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+    beta = run.config.loss.model_dump().get("beta")
+    betas = [None] if beta is None else [beta * factor for factor in _BETA_FACTORS]
+    rates = [run.config.learning_rate * factor for factor in _LEARNING_RATE_FACTORS]
+    with progress("probes", len(betas) * len(rates) * NUM_STEPS, "steps") as advance:
+        for beta, rate in itertools.product(betas, rates):
+            probe = _begin(run, start, beta, rate, dtype)
+            metrics: dict[str, float] = {}
+            try:
+                with closing(probe.reader.stream(0)) as batches:
+                    for step in range(NUM_STEPS):
+                        probe.health.watch(train_step(probe, step, batches))
+                        advance()
+                metrics = run.held_out.evaluate(run.model)
+            except ConfigError as error:
+                warn(f"beta {beta}, learning_rate {rate:g}: {error}")
+            yield Probe(beta, rate, metrics)
+
+
+def _begin(run: Run, start: "dict[str, Tensor]", beta: float | None, rate: float, dtype: "torch.dtype") -> Run:
+    """Return a run with these settings, at its first step."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in run.parameters.items():
+            parameter.copy_(start[name])
+    loss = cast(Loss, run.config.loss.model_copy(update={} if beta is None else {"beta": beta}))
+    config = run.config.model_copy(update={"loss": loss, "learning_rate": rate})
+    optimizer, scaler = make_optimizer(config, run.parameters, run.model.device, dtype)
+    return replace(
+        run,
+        config=config,
+        objective=replace(run.objective, loss=loss),
+        reader=replace(run.reader, config=config),
+        optimizer=optimizer,
+        scaler=scaler,
+        averaged=run.averaged and AveragedReference(run.parameters, config.reference.ema_decay),
+        health=Health(),
+    )
+
+
+def _print_table(probes: Sequence[Probe], best: Probe | None) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("beta", "learning_rate", "accuracy", "chosen error", "rejected", "KL (nats)", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for probe in probes:
+        found = probe.metrics
+        cells = ["diverged", "", "", ""]
+        if found:
+            cells = [
+                f"{found['eval/accuracy']:.2f} +- {found.get('eval/accuracy/se', math.nan):.2f}",
+                f"{found['eval/chosen_error']:+.1%}",
+                f"{found['eval/rejected_error']:+.1%}",
+                f"{found['eval/kl']:.2g}",
+            ]
+        beta = "-" if probe.beta is None else f"{probe.beta:g}"
+        table.add_row(beta, f"{probe.learning_rate:g}", *cells, "<- take" if probe is best else "")
+    show(table)

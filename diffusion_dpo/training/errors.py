@@ -1,0 +1,109 @@
+"""Denoising errors: the one place where noise, timesteps and the images of an example meet.
+
+Notation of Diffusion-DPO (arXiv 2311.12908): the chosen image is x^w, the rejected one x^l. Both are noised with the
+same (t, epsilon), which cancels most of the variance of their difference; equation 14 writes two draws, its authors'
+code shares one, and with two the optimum is another (tests/test_analytic_optimum.py).
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Self
+
+from diffusion_dpo.losses import ImageErrors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffusion_dpo.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples of K images each; float32 unless said."""
+
+    latents: "Tensor"
+    """(B, K, C, h, w), chosen before rejected, best before worst."""
+    noise: "Tensor"
+    """(B, C, h, w): one draw an example."""
+    timesteps: "Tensor"
+    """(B,) int64: one draw an example."""
+    conditioning: Mapping[str, "Tensor"]
+    """Of the examples' prompts, leading dimension B."""
+    labels: "Tensor"
+    """(B, K), as in ImageErrors."""
+    weights: "Tensor"
+    """(B,): of the examples in the mean; they average 1 over the data."""
+    scores: "Tensor | None" = None
+    """(B, K), as in ImageErrors."""
+
+    def to(self, device: "torch.device") -> Self:
+        """Return the batch on another device."""
+        conditioning = {name: value.to(device) for name, value in self.conditioning.items()}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "conditioning"}
+        moved = {name: value.to(device) for name, value in tensors.items() if value is not None}
+        return replace(self, conditioning=conditioning, **moved)
+
+
+def denoising_errors(
+    model: "LoadedModel",
+    batch: Batch,
+    *,
+    reference: "Callable[[], AbstractContextManager[None]] | None",
+    reference_prediction: "Tensor | None" = None,
+    baseline: float = 0.0,
+) -> ImageErrors:
+    """Return mean squared errors per image, float32, of policy and (without gradient) reference.
+
+    Within `reference()`, `model.predict` is the reference; None skips that forward. Where the reference's predictions
+    are known already (`reference_prediction`), they are taken instead.
+    """
+    noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
+    if reference_prediction is None and reference is not None:
+        with reference():
+            reference_prediction = model.predict(noisy_latents, timesteps, conditioning)
+    prediction = model.predict(noisy_latents, timesteps, conditioning)
+
+    def mean(values: "Tensor") -> "Tensor":
+        return values.flatten(1).mean(1).view(-1, len(batch.noise)).T
+
+    residual = prediction - target
+    reference_errors = drift = cross = None
+    if reference_prediction is not None:
+        reference_errors = mean((reference_prediction - target).square())
+        drift = mean((prediction - reference_prediction).square())
+    if batch.latents.shape[1] == 2:
+        chosen, rejected = residual.detach().chunk(2)
+        cross = (chosen * rejected).flatten(1).mean(1)
+    return ImageErrors(
+        policy=mean(residual.square()),
+        reference=reference_errors,
+        drift=drift,
+        cross=cross,
+        timesteps=batch.timesteps,
+        log_snr=model.log_snr(batch.timesteps),
+        previous_log_snr=model.log_snr((batch.timesteps - 1).clamp(min=0)),
+        labels=batch.labels,
+        scores=batch.scores,
+        baseline=baseline,
+    )
+
+
+def add_shared_noise(model: "LoadedModel", batch: Batch) -> "tuple[Tensor, Tensor, dict[str, Tensor], Tensor]":
+    """Return noisy latents, timesteps, conditioning and target of all images, leading dimension K times B.
+
+    The K images of an example get the same noise and timestep. They go through the denoiser as one batch, in the order
+    of `latents`' columns: for pairs, all chosen ones and then all rejected ones.
+    """
+    num_images = batch.latents.shape[1]
+    latents = batch.latents.transpose(0, 1).flatten(0, 1)
+    noise, timesteps = shared(batch.noise, num_images), shared(batch.timesteps, num_images)
+    conditioning = {name: shared(value, num_images) for name, value in batch.conditioning.items()}
+    noisy_latents = model.add_noise(latents, noise, timesteps)
+    return noisy_latents, timesteps, conditioning, model.target(latents, noise, timesteps)
+
+
+def shared(values: "Tensor", num_images: int) -> "Tensor":
+    """Return what the images of an example have in common, (B, ...), for all of them: (K times B, ...)."""
+    return values.repeat(num_images, *[1] * (values.ndim - 1))

@@ -1,0 +1,136 @@
+"""How training goes, on pairs that it never sees: always the same pairs, timesteps and noise.
+
+Every held-out pair is scored at the same timesteps, the middles of equal parts of the schedule, each with its own
+noise. What the reference predicts there cannot change and is computed once.
+
+The estimate of the KL divergence is the difference of the evidence bounds' weights (Kingma et al. 2021, 2107.00630),
+
+    KL(policy || reference)  ~  sum over timesteps of  (change of log SNR) / 2  |epsilon_policy - epsilon_ref|^2
+
+along noisy held-out images instead of the policy's own samples.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_dpo.data.cache import LatentCache
+from diffusion_dpo.data.examples import Example
+from diffusion_dpo.data.order import Visit, draw_randomness
+from diffusion_dpo.losses.weighting import error_weights
+from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.settings import Weighting
+from diffusion_dpo.training.batches import gather
+from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class HeldOut:
+    """The held-out pairs and the grid that they are scored on."""
+
+    examples: Sequence[Example]
+    prompts: Sequence[str]
+    """Of each example: pairs of one prompt are not independent, so standard errors are taken over prompts."""
+    cache: LatentCache
+    latent_shape: tuple[int, int, int]
+    num_timesteps: int
+    batch_size: int
+    seed: int
+    _reference: "list[Tensor]" = field(default_factory=list)
+    """The reference's predictions, batch by batch, on the CPU."""
+
+    def evaluate(self, model: LoadedModel) -> dict[str, float]:
+        """Return the metrics `eval/...`; the chosen image's error is the first of each pair's two.
+
+        - accuracy: how often the policy, more than the reference, prefers the chosen image; a tie counts half.
+        - margin: mean of (e_ref - e)(chosen) - (e_ref - e)(rejected), without weights and beta.
+        - chosen_error, rejected_error: the policy's over the reference's, minus 1; below 0 is better than before.
+        - kl: nats per image. Each `.../se` is a standard error over prompts, `.../log_snr_x` the value at one noise
+          level; clean images have a high log SNR.
+        """
+        import torch
+
+        errors = []
+        with torch.no_grad():
+            for number, start in enumerate(range(0, len(self.examples) * self.num_timesteps, self.batch_size)):
+                batch = self._batch(model, start).to(model.device)
+                if number == len(self._reference):
+                    noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
+                    with model.reference():
+                        self._reference.append(model.predict(noisy_latents, timesteps, conditioning).cpu())
+                reference = self._reference[number].to(model.device)
+                found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
+                assert found.reference is not None and found.drift is not None
+                errors.append(torch.stack([found.policy, found.reference, found.drift]).cpu())
+        shape = (3, len(self.examples), self.num_timesteps, 2)
+        policy, reference, drift = torch.cat(errors, 1).view(shape).double().numpy()
+        metrics = self._measure("eval", policy, reference)
+        for column, log_snr in enumerate(model.log_snr(self._timesteps(model).to(model.device)).tolist()):
+            part = (slice(None), slice(column, column + 1))
+            metrics |= self._measure(f"eval/log_snr_{log_snr:+.1f}", policy[part], reference[part])
+        return metrics | {"eval/kl": self._kl(model, drift)}
+
+    def _batch(self, model: LoadedModel, start: int) -> Batch:
+        """Return the cells of the grid from `start` on; a cell is a pair at a timestep."""
+        cells = range(start, min(start + self.batch_size, len(self.examples) * self.num_timesteps))
+        visits = [Visit(*divmod(cell, self.num_timesteps)) for cell in cells]
+        examples = [self.examples[visit.index] for visit in visits]
+        keys = [f"held out {example.key}" for example in examples]
+        random = draw_randomness(self.seed, visits, keys, self.latent_shape, prompt_dropout=0.0, random_flip=False)
+        return gather(examples, random, self._timesteps(model)[[visit.epoch for visit in visits]], self.cache)
+
+    def _timesteps(self, model: LoadedModel) -> "Tensor":
+        import torch
+
+        return model.sample_timesteps((torch.arange(self.num_timesteps) + 0.5) / self.num_timesteps)
+
+    def _measure(self, name: str, policy: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+        """Return the metrics of some cells, from errors of shape (pairs, timesteps, 2)."""
+        gain = reference - policy
+        margin = gain[:, :, 0] - gain[:, :, 1]
+        chosen, rejected = (-gain[:, :, side] / reference[:, :, side].mean() for side in (0, 1))
+        cells = {
+            "accuracy": (np.sign(margin) + 1) / 2,
+            "margin": margin,
+            "chosen_error": chosen,
+            "rejected_error": rejected,
+        }
+        metrics = {}
+        for what, values in cells.items():
+            metrics[f"{name}/{what}"] = float(values.mean())
+            if len(set(self.prompts)) > 1:
+                metrics[f"{name}/{what}/se"] = self._standard_error(values)
+        return metrics
+
+    def _standard_error(self, values: np.ndarray) -> float:
+        """Return the standard error of the mean of (pairs, timesteps), prompts being what was sampled."""
+        centred = (values - values.mean()).sum(1)
+        sums: dict[str, float] = {}
+        for prompt, value in zip(self.prompts, centred, strict=True):
+            sums[prompt] = sums.get(prompt, 0.0) + float(value)
+        return math.sqrt(sum(value**2 for value in sums.values()) * len(sums) / (len(sums) - 1)) / values.size
+
+    def _kl(self, model: LoadedModel, drift: np.ndarray) -> float:
+        """Return the estimate, from the drift (pairs, timesteps, 2) where the model predicts."""
+        import torch
+
+        edges = (torch.arange(self.num_timesteps + 1) / self.num_timesteps).clamp(max=1 - 1e-6)
+        change = -model.log_snr(model.sample_timesteps(edges).to(model.device)).diff()
+        log_snr = model.log_snr(self._timesteps(model).to(model.device))
+        to_epsilon = error_weights(Weighting(error_space="epsilon"), model.prediction_type, log_snr, log_snr)
+        weights = (change / 2 * to_epsilon).double().cpu().numpy() * math.prod(self.latent_shape)
+        return float((drift.mean(axis=(0, 2)) * weights).sum())
+
+
+def progress_note(metrics: Mapping[str, float]) -> str:
+    """Return an evaluation in one line."""
+    return (
+        f"accuracy {metrics['eval/accuracy']:.2f}, chosen error {metrics['eval/chosen_error']:+.2%}, rejected "
+        f"{metrics['eval/rejected_error']:+.2%}, KL {metrics['eval/kl']:.2g} nats"
+    )

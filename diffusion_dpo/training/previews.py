@@ -1,0 +1,31 @@
+"""Images drawn while training: fixed prompts and seeds, so that two steps differ by the training alone."""
+
+from collections.abc import Sequence
+
+from diffusion_dpo.files import atomic_path
+from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.sampling import DrawRequest, draw, image_seed
+from diffusion_dpo.settings import TrainConfig
+
+
+def preview_if_due(config: TrainConfig, model: LoadedModel, training_prompts: Sequence[str], step: int) -> None:
+    """Draw what is missing of `previews/step-XXXXXXXX/`: at the start, at the end, and every so many steps."""
+    if config.preview is None:
+        return
+    every = config.preview.every_steps
+    if step not in (0, config.max_steps) and not (every and step % every == 0):
+        return
+    prompts = config.preview.prompts or tuple(dict.fromkeys(training_prompts))[:4]
+    folder = config.output_dir / "previews" / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    requests = [DrawRequest(text, image_seed(config.seed, text, 0)) for text in prompts]
+    if all((folder / f"{number:02d}.png").exists() for number in range(len(requests))):
+        return
+    sampling = config.preview.sampling
+    if sampling.resolution_px is None:
+        sampling = sampling.model_copy(update={"resolution_px": config.resolution_px})
+    for start in range(0, len(requests), sampling.batch_size):
+        images = draw(model.pipeline, requests[start : start + sampling.batch_size], sampling)
+        for number, image in enumerate(images, start=start):
+            with atomic_path(folder / f"{number:02d}.png") as partial:
+                image.save(partial, format="PNG")

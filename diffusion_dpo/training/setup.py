@@ -1,0 +1,196 @@
+"""From settings to a run that is ready for its first step: examples, latent cache, objective, optimizer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import say
+from diffusion_dpo.data import PairSource, cache
+from diffusion_dpo.data.collect import Collected
+from diffusion_dpo.data.examples import (
+    Example,
+    ScoreTable,
+    easiest_first,
+    form_examples,
+    read_scores,
+    split_held_out,
+    weigh_by_gain,
+)
+from diffusion_dpo.losses import ListLoss, Loss
+from diffusion_dpo.losses.objective import Objective
+from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.settings import TrainConfig
+from diffusion_dpo.training import Run
+from diffusion_dpo.training.averaging import AveragedReference
+from diffusion_dpo.training.batches import Reader
+from diffusion_dpo.training.evaluation import HeldOut
+from diffusion_dpo.training.health import Health
+
+if TYPE_CHECKING:
+    import torch
+
+_UNITS = {"pair": "pairs", "image": "images", "chosen": "chosen images", "list": "rankings"}
+
+
+def refuse_contradictions(config: TrainConfig) -> None:
+    """Raise ConfigError where settings do not go together; called before anything slow."""
+    loss = cast(Loss, config.loss)
+    by_pair = {
+        "safeguard_mu": config.safeguard_mu is not None,
+        "score_gain_weighting": config.score_gain_weighting,
+        "order=curriculum": config.order == "curriculum",
+    }
+    for name, asked in by_pair.items():
+        if asked and loss.unit != "pair":
+            raise ConfigError(
+                f"{name} is about the two images of a pair, and loss.type={loss.type} learns from "
+                f"{_UNITS[loss.unit]}; leave it out, or take an objective over pairs such as dpo"
+            )
+    if config.reference.type == "ema" and not (loss.needs_reference or config.regularizers.needs_reference):
+        raise ConfigError(f"reference.type=ema, and loss.type={loss.type} has no reference; leave it out")
+
+
+def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype") -> Run:
+    """Encode what is not cached, and set up the optimizer: everything up to the first step."""
+    train_on, held = split_held_out(
+        data.records, share=config.evaluation.share, max_pairs=config.evaluation.max_pairs, seed=config.seed
+    )
+    examples = _examples(config, data, train_on)
+    latents, latent_shape = _encode(config, model, data, dtype)
+    held_out = None
+    if held:
+        held_out = HeldOut(
+            examples=form_examples(data.records, held, "pair", swap_labels=config.swap_labels),
+            prompts=[data.records[index].prompt for index in held],
+            cache=latents,
+            latent_shape=latent_shape,
+            num_timesteps=config.evaluation.num_timesteps,
+            batch_size=config.per_device_batch_size,
+            seed=config.seed,
+        )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    parameters = model.trainable()
+    _announce(config, model, examples, len(held), sum(p.numel() for p in parameters.values()), dtype)
+    optimizer, scaler = make_optimizer(config, parameters, model.device, dtype)
+    return Run(
+        config=config,
+        model=model,
+        objective=Objective(
+            loss=cast(Loss, config.loss),
+            weighting=config.weighting,
+            regularizers=config.regularizers,
+            safeguard_mu=config.safeguard_mu,
+            prediction_type=model.prediction_type,
+        ),
+        reader=Reader(config, model, examples, latents, latent_shape),
+        parameters=parameters,
+        optimizer=optimizer,
+        scaler=scaler,
+        averaged=AveragedReference(parameters, config.reference.ema_decay) if config.reference.type == "ema" else None,
+        held_out=held_out,
+        health=Health(),
+    )
+
+
+def make_optimizer(
+    config: TrainConfig,
+    parameters: "dict[str, torch.nn.Parameter]",
+    device: "torch.device",
+    dtype: "torch.dtype",
+) -> "tuple[torch.optim.AdamW, torch.amp.GradScaler]":
+    """Return AdamW over the trained weights, and the loss scaler, which does something for float16 only."""
+    import torch
+
+    optimizer = torch.optim.AdamW(
+        parameters.values(),
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def _encode(
+    config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype"
+) -> tuple[cache.LatentCache, tuple[int, int, int]]:
+    """Return the cache of latents and prompts, and the shape of one image's latents."""
+    import torch
+
+    side = config.resolution_px or model.resolution_px
+    if side % model.downscale:
+        raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {model.downscale}")
+    latent_shape = (model.latent_channels, side // model.downscale, side // model.downscale)
+    latents = cache.build(
+        config.cache_dir or config.output_dir / "cache",
+        data,
+        [record.pair_id for record in data.records],
+        [record.prompt for record in data.records],
+        cache.Encoders(
+            images=model.encode_images,
+            prompts=model.encode_prompts,
+            fingerprint=model.encoder_hash,
+            latent_shape=latent_shape,
+            resolution_px=side,
+            dtype=torch.float32 if dtype == torch.float32 else torch.float16,
+            batch_size=min(8, config.per_device_batch_size),
+        ),
+        random_flip=config.random_flip,
+    )
+    return latents, latent_shape
+
+
+def _examples(config: TrainConfig, data: Collected, train_on: Sequence[int]) -> list[Example]:
+    loss = cast(Loss, config.loss)
+    examples = form_examples(
+        data.records,
+        train_on,
+        loss.unit,
+        scores=_scores(config, data),
+        list_size=loss.list_size if isinstance(loss, ListLoss) else 2,
+        swap_labels=config.swap_labels,
+    )
+    if config.score_gain_weighting:
+        examples = weigh_by_gain(examples)
+    return easiest_first(examples) if config.order == "curriculum" else examples
+
+
+def _scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
+    """Return the scores that something looks at, None when nothing does."""
+    loss = cast(Loss, config.loss)
+    if not (loss.needs_scores or config.score_gain_weighting or config.order == "curriculum"):
+        return None
+    metric = config.score_metric
+    if metric is None:
+        labelled_by = cast(PairSource, config.data).labelled_by()
+        if len(labelled_by) != 1:
+            first = data.records[0]
+            known = ", ".join(sorted({*first.chosen_scores, *first.rejected_scores})) or "none"
+            raise ConfigError(
+                f"loss.type={loss.type} or its weights look at scores, and the data does not say which metric "
+                f"labelled it; set score_metric to one of those that its images have: {known}"
+            )
+        metric = labelled_by[0]
+    return read_scores(data.records, metric, loss.calibrate)
+
+
+def _announce(
+    config: TrainConfig,
+    model: LoadedModel,
+    examples: Sequence[Example],
+    num_held_out: int,
+    num_weights: int,
+    dtype: "torch.dtype",
+) -> None:
+    loss = cast(Loss, config.loss)
+    held_out = f"{num_held_out} pairs are held out" if num_held_out else "no pairs are held out"
+    if not num_held_out and config.evaluation.share:
+        held_out += " (too few, or single images)"
+    say(
+        f"train: {loss.type} on {len(examples)} {_UNITS[loss.unit]}, {held_out}; {num_weights:,} trained weights, "
+        f"{config.max_steps} steps of {config.global_batch_size} ({config.gradient_accumulation_steps} x "
+        f"{config.per_device_batch_size}), {config.max_steps * config.global_batch_size / len(examples):.1f} epochs, "
+        f"on {model.device.type} in {str(dtype).removeprefix('torch.')}"
+    )

@@ -1,0 +1,251 @@
+"""Whatever stops a run, the same command ends as if nothing had happened; what changed or is damaged is found.
+
+Bit for bit on one machine with as many threads: final weights, optimizer, and every metric of every step.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion_dpo import train
+from diffusion_dpo.config import ConfigError, dump
+from diffusion_dpo.interrupt import Interrupted
+from tests.runs import MODES, final_state, make_config, read_metrics
+
+KINDS = {
+    **MODES,
+    "ema reference": ["reference.type=ema", "loss.type=linear_dpo"],
+    "kto": ["loss.type=kto"],
+    "curriculum": ["order=curriculum", "curriculum_stages=2", "curriculum_steps=2", "score_metric=shade"],
+    "evaluated": ["evaluation.share=0.3", "evaluation.every_steps=2", "evaluation.num_timesteps=2"],
+}
+
+
+def test_accumulated_micro_batches_equal_one_batch(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    """To float error, which beta (here 100) multiplies and which grows from step to step."""
+    for size in (1, 2, 4):
+        overrides = [f"per_device_batch_size={size}", "loss.beta=100"]
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / str(size), *overrides))
+    runs = [read_metrics(tmp_path / str(size)) for size in (1, 2, 4)]
+    for step, rows in enumerate(zip(*runs, strict=True)):
+        for key in ("loss", "grad_norm", "errors/chosen", "errors/reference_rejected"):
+            values = [row[key] for row in rows]
+            assert values == pytest.approx([values[0]] * 3, rel=1e-4 if step == 0 else 1e-2), key
+
+
+def test_the_number_of_workers_changes_nothing(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    for workers in (0, 1, 4):
+        config = make_config(tiny_sd, tiny_pairs, tmp_path / str(workers), f"dataloader_num_workers={workers}")
+        train.run(config)
+    assert final_state(tmp_path / "0") == final_state(tmp_path / "1") == final_state(tmp_path / "4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
+    tiny_sd: Path, scored_pairs: Path, tmp_path: Path, kind: str
+):
+    """Ctrl-C after each step in turn: saved, left with 130, and continued by the same command."""
+    train.run(make_config(tiny_sd, scored_pairs, tmp_path / "whole", *KINDS[kind]))
+    config = make_config(tiny_sd, scored_pairs, tmp_path / "stopped", *KINDS[kind])
+    real_step, stops = train.train_step, []
+
+    def interrupted_step(run, step, batches):
+        metrics = real_step(run, step, batches)
+        if step not in stops:
+            stops.append(step)
+            signal.raise_signal(signal.SIGINT)
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted_step)
+        for _ in range(6):
+            with pytest.raises(Interrupted) as stopped:
+                train.run(config)
+            assert stopped.value.exit_code == 130
+        train.run(config)
+    assert stops == list(range(6))
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+
+
+KILLED_AT_ITS_NTH_EVENT = """
+import os, shutil, signal, sys
+from pathlib import Path
+import safetensors.torch
+from diffusion_dpo import train
+from diffusion_dpo.cli import main
+
+left = int(sys.argv[1])
+
+def event():
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(real):
+    def wrapper(*args, **kwargs):
+        event()
+        result = real(*args, **kwargs)
+        event()
+        return result
+    return wrapper
+
+def torn(real):  # a file of a checkpoint is cut off in the middle
+    def wrapper(tensors, path, **kwargs):
+        real(tensors, path, **kwargs)
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) // 2])
+        event()
+        Path(path).write_bytes(whole)
+    return wrapper
+
+os.fsync, os.replace, shutil.rmtree = counted(os.fsync), counted(os.replace), counted(shutil.rmtree)
+safetensors.torch.save_file = torn(safetensors.torch.save_file)
+train.train_step = counted(train.train_step)
+sys.exit(main(["train", sys.argv[2]]))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_20_random_moments_changes_nothing(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    """Also between any two system calls of a checkpoint, and within its files."""
+    settings = ["max_steps=110", "evaluation.share=0.3", "evaluation.every_steps=7", "preview=null"]
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings))
+    config = make_config(tiny_sd, tiny_pairs, tmp_path / "killed", *settings)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    command = [sys.executable, "-c", KILLED_AT_ITS_NTH_EVENT]
+    moments, environment = random.Random(0), {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    inside_a_save = 0
+    for _ in range(20):
+        nth = str(moments.randint(20, 120))
+        killed = subprocess.run(
+            [*command, nth, tmp_path / "config.yaml"], check=False, capture_output=True, env=environment
+        )
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        inside_a_save += any((tmp_path / "killed" / "checkpoints").glob(".staging-*"))
+    assert inside_a_save >= 5
+    last = subprocess.run(
+        [*command, "-1", tmp_path / "config.yaml"], check=False, capture_output=True, env=environment
+    )
+    assert last.returncode == 0, last.stderr
+    assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "manifest"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_is_used(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+):
+    config = make_config(tiny_sd, tiny_pairs, tmp_path)
+    train.run(config)
+    before = final_state(tmp_path)
+    newest = tmp_path / "checkpoints" / "step-00000006"
+    file = newest / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
+    data = bytearray(file.read_bytes())
+    if damage == "manifest":
+        data = bytearray(data.replace(b'"steps": 6', b'"steps": 5'))
+        assert data != file.read_bytes()
+    elif damage == "one bit":
+        data[-1] ^= 1
+    file.write_bytes(data[:-1] if damage == "truncated" else data)
+    capsys.readouterr()
+    train.run(config)
+    shown = capsys.readouterr().out
+    assert f"the checkpoint {newest} is damaged ({file.name} is not what was written)" in shown
+    assert "continuing after step 4 of 6" in shown
+    assert final_state(tmp_path) == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "other", "seed=1"))
+    config = make_config(tiny_sd, tiny_pairs, tmp_path / "run", "max_steps=2")
+    train.run(config)
+    shutil.copytree(*(tmp_path / name / "checkpoints" / "step-00000006" for name in ("other", "run")))
+    with pytest.raises(ConfigError, match=r"the checkpoint of step 6 in .* was saved by another run"):
+        train.run(config)
+
+
+def test_running_a_finished_run_again_changes_nothing_and_more_steps_continue_it(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", "max_steps=8"))
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again"))
+    before = final_state(tmp_path / "again")
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again"))
+    assert final_state(tmp_path / "again") == before
+    assert "trained to step 6 already" in capsys.readouterr().out
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "again", "max_steps=8"))
+    assert final_state(tmp_path / "again") == final_state(tmp_path / "whole")
+
+
+def test_a_changed_setting_is_refused_and_named(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=1"))
+    before = final_state(tmp_path)
+    with pytest.raises(ConfigError, match=r"(?s)another run.*learning_rate: 0.001 then, 0.002 now"):
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "learning_rate=2e-3"))
+    with pytest.raises(ConfigError, match=r"(?s)another run.*weighting: .*'constant'.* then, .*'elbo'.* now"):
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "weighting.timesteps=elbo"))
+    assert final_state(tmp_path) == before
+
+
+def test_a_kl_budget_ends_training_and_stays_ended(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    settings = ["evaluation.share=0.3", "evaluation.every_steps=2", "evaluation.max_kl=1e-6"]
+    config = make_config(tiny_sd, tiny_pairs, tmp_path, *settings)
+    for _ in range(2):
+        train.run(config)
+        assert "above evaluation.max_kl: training ended" in capsys.readouterr().out
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert json.loads((tmp_path / "manifest.json").read_text())["steps"] == 2
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path, *settings[:2], "evaluation.max_kl=null"))
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings[:2]))
+    assert final_state(tmp_path) == final_state(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("latents", "a cached latent"),
+        ("prediction", "the model's prediction"),
+        ("loss", "the loss"),
+        ("grad", "the gradient"),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_weights_change_and_names_the_pairs(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, where: str, what: str
+):
+    config = make_config(tiny_sd, tiny_pairs, tmp_path, "evaluation.share=0")
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=2", "evaluation.share=0"))
+    real_errors, real_clip = train.denoising_errors, torch.nn.utils.clip_grad_norm_
+    real_latents = train.prepare.__globals__["cache"].LatentCache.latents
+
+    def broken_errors(model, batch, **kwargs):
+        errors = real_errors(model, batch, **kwargs)
+        (errors.policy if where == "prediction" else errors.reference).data[0, 0] = float("nan")
+        return errors
+
+    def broken_latents(self, images, flip):
+        latents = real_latents(self, images, flip)
+        latents[0] = float("inf")
+        return latents
+
+    with pytest.MonkeyPatch.context() as patch:
+        if where == "latents":
+            patch.setattr("diffusion_dpo.data.cache.LatentCache.latents", broken_latents)
+        elif where == "grad":
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: real_clip(*args) * float("nan"))
+        else:
+            patch.setattr(train, "denoising_errors", broken_errors)
+        with pytest.raises(ConfigError, match=rf"step 3: {what}.* is not finite.*pairs.*: \w{{32}}"):
+            train.run(config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    train.run(config)
+    assert len(read_metrics(tmp_path)) == 6
