@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffusion_dpo import train
 from diffusion_dpo.config import load
 from diffusion_dpo.data import collect
 from diffusion_dpo.data.pairs import pair_row
@@ -26,6 +25,9 @@ from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from diffusion_dpo.settings import TrainConfig
+from diffusion_dpo.train import train_step
+from diffusion_dpo.training import Run
+from diffusion_dpo.training.setup import prepare
 
 NUM_PAIRS = 128
 
@@ -38,11 +40,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        run = prepare(Path(folder), args.settings)
-        bare = bare_step(run)
+        run = bench_run(Path(folder), args.settings)
+        bare, batches = bare_step(run), run.reader.stream(0)
         real_seconds, bare_seconds = [], []
         for step in range(args.steps + 2):
-            real_seconds.append(timed(lambda step=step: train.train_step(run, step), run.model.device))
+            real_seconds.append(timed(lambda step=step: train_step(run, step, batches), run.model.device))
             bare_seconds.append(timed(bare, run.model.device))
     real, floor = statistics.median(real_seconds[2:]), statistics.median(bare_seconds[2:])
     ratio = statistics.median(a / b for a, b in zip(real_seconds[2:], bare_seconds[2:], strict=True))
@@ -52,7 +54,7 @@ def main() -> None:
     print(f"train / bare loop: {ratio:.3f}; outside the model: {max(0.0, 1 - 1 / ratio):.1%} of a step")
 
 
-def prepare(folder: Path, settings: list[str]) -> train.Run:
+def bench_run(folder: Path, settings: list[str]) -> Run:
     """A run over rendered pairs, ready for its first step."""
     rng, scenes, rows = np.random.default_rng(0), distinct_scenes(0), []
     for _ in range(NUM_PAIRS):
@@ -68,18 +70,17 @@ def prepare(folder: Path, settings: list[str]) -> train.Run:
     dtype = pick_dtype(config.mixed_precision, device)
     data = collect.collect(config.data, max_broken_share=0)
     model = config.model.load(device=device, dtype=dtype, seed=0)
-    return train.prepare(config, model, data, dtype)
+    return prepare(config, model, data, dtype)
 
 
-def bare_step(run: train.Run) -> Callable[[], None]:
+def bare_step(run: Run) -> Callable[[], None]:
     """The least that a step can be: reference forward, policy forward, logistic loss, backward, clip, AdamW."""
-    visits = train.global_batch(0, len(run.pair_ids), run.config.global_batch_size, 0)
-    size = run.config.per_device_batch_size
-    batches = [train.make_batch(run, visits[start : start + size]) for start in range(0, len(visits), size)]
+    numbers = range(run.config.gradient_accumulation_steps)
+    batches = [run.reader[0, number].to(run.model.device) for number in numbers]
     optimizer = torch.optim.AdamW(run.parameters.values(), lr=1e-12, fused=True)
     inputs = []
     for batch in batches:
-        latents, noise = torch.cat([batch.chosen, batch.rejected]), torch.cat([batch.noise] * 2)
+        latents, noise = torch.cat(batch.latents.unbind(1)), torch.cat([batch.noise] * 2)
         timesteps = torch.cat([batch.timesteps] * 2)
         text = torch.cat([batch.conditioning["encoder_hidden_states"]] * 2)
         noisy = run.model.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
