@@ -142,3 +142,31 @@ def test_what_cannot_work_is_one_sentence(
 ):
     with pytest.raises(ConfigError, match=message):
         train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "run", override))
+
+
+def test_only_what_the_mask_shows_is_learned(tiny_sd: Path, tmp_path: Path):
+    """Images that differ on the right alone: to the left mask the errors of chosen and rejected are nearly the same."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    lines = []
+    for number in range(4):
+        common = rng.integers(0, 256, (64, 64, 3), np.uint8)
+        for name in ("chosen", "rejected"):
+            picture = common.copy()
+            picture[:, 48:] = rng.integers(0, 256, (64, 16, 3), np.uint8)
+            Image.fromarray(picture).save(folder / f"{name}-{number}.png")
+        lines.append({"prompt": "abc", "chosen": f"chosen-{number}.png", "rejected": f"rejected-{number}.png"})
+    for name, columns in (("left", slice(0, 16)), ("right", slice(48, 64))):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:, columns] = 255
+        Image.fromarray(mask).save(folder / f"{name}.png")
+    differences = {}
+    for name in ("left", "right"):
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps(line | {"mask": f"{name}.png"}) for line in lines))
+        run_dir = tmp_path / name
+        settings = ["data.type=folder", f"data.path={folder}", "max_steps=1", "preview=null"]
+        train.run(make_config(tiny_sd, tmp_path, run_dir, *settings))
+        row = read_metrics(run_dir)[0]
+        differences[name] = abs(row["errors/chosen"] - row["errors/rejected"])
+    assert differences["left"] < differences["right"] / 3

@@ -30,6 +30,8 @@ class PreferencePair:
     source: str = ""
     where: str = field(default="", compare=False)
     """File and row that it was read from, for messages."""
+    mask: bytes = b""
+    """An encoded image of the same size, white where errors count; empty: everywhere."""
 
 
 @dataclass(frozen=True)

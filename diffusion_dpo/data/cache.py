@@ -1,8 +1,8 @@
 """The latent cache: training steps read nothing else, and no step decodes or encodes an image.
 
-VAE latents of both sides of every pair and the text embedding of every distinct prompt, in safetensors files that are
-memory-mapped. Each file is written whole or not at all, so an interrupted build goes on where it stopped. The folder's
-name is a hash of everything that decides the content.
+VAE latents of both sides of every pair, its mask, and the text embedding of every distinct prompt, in safetensors
+files that are memory-mapped. Each file is written whole or not at all, so an interrupted build goes on where it
+stopped. The folder's name is a hash of everything that decides the content.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from PIL import Image
 
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PreferencePair
-from diffusion_dpo.data.images import decode_rgb
+from diffusion_dpo.data.images import decode_rgb, middle_square
 from diffusion_dpo.files import atomic_path
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class LatentCache:
         self._prompt_index = {text: i for i, text in enumerate(_distinct(prompts))}
         self._prompts = list(prompts)
         self._open: dict[str, Any] = {}
+        self._is_masked = "masks" in self._file("pairs-00000").keys()  # noqa: SIM118 - a safetensors handle, no dict
 
     def latents(self, images: Sequence[tuple[int, int]], flip: Sequence[bool]) -> "Tensor":
         """Return the latents (N, C, h, w), float32, of images, each named by its pair and its side: 0 is chosen."""
@@ -66,6 +67,18 @@ class LatentCache:
             for (pair, side), mirrored in zip(images, flip, strict=True)
         ]
         return torch.stack(rows).float()
+
+    def masks(self, images: Sequence[tuple[int, int]], flip: Sequence[bool]) -> "Tensor | None":
+        """Return how much each latent position counts, (N, 1, h, w), mean 1 each; None where no pair has a mask."""
+        import torch
+
+        if not self._is_masked:
+            return None
+        rows = [
+            self._row(f"pairs-{pair // PAIRS_PER_FILE:05d}", "masks", pair % PAIRS_PER_FILE)[int(mirrored)]
+            for (pair, _), mirrored in zip(images, flip, strict=True)
+        ]
+        return torch.stack(rows)[:, None]
 
     def conditioning(self, indices: Sequence[int], drop: Sequence[bool]) -> "dict[str, Tensor]":
         """Return the conditioning of the pairs' prompts, float32; of the empty prompt where `drop` is true."""
@@ -101,10 +114,12 @@ def build(
     encoders: Encoders,
     *,
     random_flip: bool,
+    masked: bool = False,
 ) -> LatentCache:
     """Encode what is not cached yet under `root` and return the open cache.
 
-    `pairs` yields the pairs of `pair_ids`, in that order; it is read only when something is missing.
+    `pairs` yields the pairs of `pair_ids`, in that order; it is read only when something is missing. `masked` says
+    whether any of them has a mask.
     """
     folder = root / _key(pair_ids, prompts, encoders, random_flip=random_flip)
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +129,7 @@ def build(
     if missing:
         todo = sum(min(PAIRS_PER_FILE, len(pair_ids) - number * PAIRS_PER_FILE) for number in missing)
         say(f"cache: encoding {todo} pairs and {len(texts)} prompts at {encoders.resolution_px} px into {folder}")
-        _encode_pairs(folder, pairs, missing, todo, encoders, random_flip=random_flip)
+        _encode_pairs(folder, pairs, missing, todo, encoders, random_flip=random_flip, masked=masked)
     else:
         say(f"cache: {len(pair_ids)} pairs at {encoders.resolution_px} px are encoded already in {folder}")
     for number in range(-(-len(texts) // PROMPTS_PER_FILE)):
@@ -126,11 +141,9 @@ def build(
 
 def to_square(image: Image.Image, side_px: int) -> Image.Image:
     """Cut out the largest square in the middle and scale it to `side_px`: the one crop of every image."""
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
     if image.size == (side_px, side_px):
         return image
-    return image.resize((side_px, side_px), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return image.resize((side_px, side_px), Image.Resampling.LANCZOS, box=middle_square(image.size))
 
 
 def _encode_pairs(
@@ -141,6 +154,7 @@ def _encode_pairs(
     encoders: Encoders,
     *,
     random_flip: bool,
+    masked: bool,
 ) -> None:
     import torch
     from safetensors.torch import save_file
@@ -156,8 +170,12 @@ def _encode_pairs(
                 batch = file_pairs[start : start + encoders.batch_size]
                 latents.append(_encode_batch(batch, encoders, random_flip=random_flip))
                 advance(len(batch))
+            tensors = {"latents": torch.cat(latents)}
+            if masked:
+                masks = [_encode_mask(pair.mask, encoders, random_flip=random_flip) for pair in file_pairs]
+                tensors["masks"] = torch.stack(masks)
             with atomic_path(folder / f"pairs-{number:05d}.safetensors") as partial:
-                save_file({"latents": torch.cat(latents)}, partial)
+                save_file(tensors, partial)
 
 
 def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random_flip: bool) -> "Tensor":
@@ -177,6 +195,20 @@ def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random
             encoded[there] = torch.stack([encoders.images(view, noise[there]).cpu() for view in views], dim=1)
         sides.append(encoded)
     return torch.stack(sides, dim=2).to(encoders.dtype)
+
+
+def _encode_mask(data: bytes, encoders: Encoders, *, random_flip: bool) -> "Tensor":
+    """Return (1 or 2 mirrored, h, w), float32, mean 1: white over each position; ones where there is no mask."""
+    import torch
+
+    height, width = encoders.latent_shape[1:]
+    mask = torch.ones(height, width)
+    if data:
+        image = decode_rgb(data).convert("F")
+        small = image.resize((width, height), Image.Resampling.BOX, box=middle_square(image.size))
+        mask = torch.from_numpy(np.array(small))
+        mask = mask / mask.mean()
+    return torch.stack([mask, mask.flip(1)] if random_flip else [mask])
 
 
 def _posterior_noise(pair: PreferencePair, shape: tuple[int, int, int]) -> "Tensor":

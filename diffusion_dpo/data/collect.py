@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
+from PIL import Image
+
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
+from diffusion_dpo.data.images import BrokenImage, decode_rgb, middle_square, pixel_hash
 
 _ITEMS_AT_ONCE = 64
 _MAX_THREADS = 8
@@ -47,6 +49,7 @@ class PairRecord:
     chosen_scores: dict[str, float]
     rejected_scores: dict[str, float]
     margin: float | None
+    has_mask: bool = False
 
     @property
     def is_pair(self) -> bool:
@@ -180,6 +183,20 @@ def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield from pool.map(function, batch)
 
 
+def _mask_fault(data: bytes, size_px: tuple[int, int]) -> str:
+    """Say what is wrong with a mask, "" when nothing is."""
+    if not data:
+        return ""
+    try:
+        mask = decode_rgb(data)
+    except BrokenImage as error:
+        return f"mask: {error}"
+    if mask.size != size_px:
+        return "mask: not of the size of the chosen image"
+    used = mask.convert("F").resize((1, 1), Image.Resampling.BOX, box=middle_square(mask.size))
+    return "" if used.getbbox() else "mask: all black in the square that is trained on"
+
+
 def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropped:
     row, item = numbered
     if isinstance(item, Dropped):
@@ -198,6 +215,9 @@ def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropp
     (chosen_uid, chosen_size_px), (rejected_uid, rejected_size_px) = facts
     if chosen_uid == rejected_uid:
         return Dropped(where, "chosen and rejected are the same image")
+    fault = _mask_fault(item.mask, chosen_size_px)
+    if fault:
+        return Dropped(where, fault)
     return PairRecord(
         row=row,
         where=where,
@@ -211,4 +231,5 @@ def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropp
         chosen_scores=item.chosen_scores,
         rejected_scores=item.rejected_scores,
         margin=item.margin,
+        has_mask=bool(item.mask),
     )

@@ -15,7 +15,10 @@ _KEYS = ("prompt", "chosen", "rejected")
 
 
 class FolderData(PairSource):
-    """Image files and a metadata.jsonl, one object a line: `prompt`, and the file names `chosen` and `rejected`."""
+    """Image files and a metadata.jsonl, one object a line: `prompt`, and the file names `chosen` and `rejected`.
+
+    A third file name, `mask`, is optional: an image of the same size, white where the two are to be compared.
+    """
 
     path: Path
     """The folder; file names are relative to it and may not leave it."""
@@ -26,11 +29,14 @@ class FolderData(PairSource):
             if isinstance(entry, str):
                 yield Dropped(where, entry)
                 continue
-            images = [read_inside(self.path, entry[side]) for side in ("chosen", "rejected")]
-            wrong = next(
-                (f"{side}: {it}" for side, it in zip(_KEYS[1:], images, strict=True) if isinstance(it, str)), ""
-            )
-            yield Dropped(where, wrong) if wrong else make_pair(where, entry["prompt"], *images, source="folder")
+            names = [*_KEYS[1:], *(["mask"] if entry.get("mask") is not None else [])]
+            images = {name: read_inside(self.path, entry[name]) for name in names}
+            wrong = next((f"{name}: {it}" for name, it in images.items() if isinstance(it, str)), "")
+            if wrong:
+                yield Dropped(where, wrong)
+                continue
+            chosen, rejected, mask = images["chosen"], images["rejected"], images.get("mask")
+            yield make_pair(where, entry["prompt"], chosen, rejected, mask=mask, source="folder")
 
     def num_rows(self) -> int:
         """Return the number of lines that are not blank."""

@@ -46,6 +46,13 @@ def image_bytes(value: Any) -> bytes:
     raise BrokenImage("no image" if data is None or data == b"" else "not image bytes")
 
 
+def middle_square(size_px: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom of the largest square in the middle of an image of (width, height)."""
+    side = min(size_px)
+    left, top = (size_px[0] - side) / 2, (size_px[1] - side) / 2
+    return left, top, left + side, top + side
+
+
 def decode_rgb(data: bytes, *, min_side_px: int = 32) -> Image.Image:
     """Return the image as RGB: upright by its EXIF tag, transparency over white, of an animation the first frame.
 

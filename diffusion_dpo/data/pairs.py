@@ -13,6 +13,7 @@ from diffusion_dpo.files import read_manifest
 
 _REQUIRED = ("prompt", "chosen", "rejected")
 _OPTIONAL = (
+    "mask",
     "chosen_uid",
     "rejected_uid",
     "chosen_scores",
@@ -25,7 +26,7 @@ _OPTIONAL = (
 
 
 class PairsData(PairSource):
-    """Parquet with `prompt`, `chosen` and `rejected`, as `diffusion-dpo pair` writes it."""
+    """Parquet with `prompt`, `chosen` and `rejected`, as `diffusion-dpo pair` writes it; perhaps with a `mask`."""
 
     path: Path = Path("runs/pairs")
     """A folder of pairs, or one Parquet file."""
@@ -97,8 +98,15 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
         chosen_scores, rejected_scores = (_scores(row.get(f"{side}_scores")) for side in ("chosen", "rejected"))
     except ValueError:
         return Dropped(where, "the scores are not a JSON object of numbers")
-    source = str(row.get("source") or "")
-    pair = make_pair(where, row["prompt"], row["chosen"], row["rejected"], source=source, label_prob=float(label_prob))
+    pair = make_pair(
+        where,
+        row["prompt"],
+        row["chosen"],
+        row["rejected"],
+        mask=row.get("mask"),
+        source=str(row.get("source") or ""),
+        label_prob=float(label_prob),
+    )
     if isinstance(pair, Dropped):
         return pair
     return replace(

@@ -13,19 +13,19 @@ from diffusion_dpo.data.images import BrokenImage, image_bytes
 Ties = Literal["drop", "keep"]
 
 
-def pair_id(prompt: str, chosen: bytes, rejected: bytes) -> str:
-    """Return the id of a pair, 32 hex digits, from its prompt and its two encoded images."""
+def pair_id(prompt: str, chosen: bytes, rejected: bytes, mask: bytes = b"") -> str:
+    """Return the id of a pair, 32 hex digits, from its prompt, its two encoded images and its mask."""
     digest = hashlib.sha256()
-    for part in (prompt.encode(), chosen, rejected):
+    for part in (prompt.encode(), chosen, rejected, *([mask] if mask else [])):
         digest.update(len(part).to_bytes(8, "big"))
         digest.update(part)
     return digest.hexdigest()[:32]
 
 
 def make_pair(
-    where: str, prompt: Any, chosen: Any, rejected: Any, *, source: str, label_prob: float = 1.0
+    where: str, prompt: Any, chosen: Any, rejected: Any, *, source: str, mask: Any = None, label_prob: float = 1.0
 ) -> PreferencePair | Dropped:
-    """Return the pair of a row as it was found: a prompt and two values of image columns, of any type.
+    """Return the pair of a row as it was found: a prompt and two values of image columns, of any type; perhaps a mask.
 
     Both images go through together, so a broken one can never leave its partner to a neighbour.
     """
@@ -33,14 +33,22 @@ def make_pair(
     if fault:
         return Dropped(where, fault)
     images: list[bytes] = []
-    for side, value in (("chosen", chosen), ("rejected", rejected)):
+    for side, value in (("chosen", chosen), ("rejected", rejected), *([("mask", mask)] if mask is not None else [])):
         try:
             images.append(image_bytes(value))
         except BrokenImage as error:
             return Dropped(where, f"{side}: {error}")
-    first, second = images
-    identity = pair_id(prompt, first, second)
-    return PreferencePair(identity, prompt, first, second, label_prob=label_prob, source=source, where=where)
+    identity = pair_id(prompt, *images)
+    return PreferencePair(
+        identity,
+        prompt,
+        images[0],
+        images[1],
+        label_prob=label_prob,
+        source=source,
+        where=where,
+        mask=images[2] if mask is not None else b"",
+    )
 
 
 def make_labelled_image(where: str, prompt: Any, image: Any, label: Any, *, source: str) -> PreferencePair | Dropped:

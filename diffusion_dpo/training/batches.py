@@ -88,7 +88,7 @@ def gather(examples: Sequence[Example], random: Randomness, timesteps: "Tensor",
     images = [image for example in examples for image in example.images]
     num_images = len(images) // len(examples)
     flip = random.flip.repeat_interleave(num_images)
-    latents = cache.latents(images, flip.tolist())
+    latents, masks = cache.latents(images, flip.tolist()), cache.masks(images, flip.tolist())
 
     def column(values: Sequence[object]) -> "Tensor":
         return torch.tensor(values, dtype=torch.float32)
@@ -100,6 +100,7 @@ def gather(examples: Sequence[Example], random: Randomness, timesteps: "Tensor",
         conditioning=cache.conditioning([example.images[0][0] for example in examples], random.drop_prompt.tolist()),
         labels=column([example.labels for example in examples]),
         weights=column([example.weight for example in examples]),
+        masks=None if masks is None else masks.view(len(examples), num_images, 1, *masks.shape[2:]),
         scores=column([example.scores for example in examples]) if examples[0].scores else None,
     )
 

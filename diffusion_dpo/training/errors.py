@@ -35,6 +35,8 @@ class Batch:
     """(B, K), as in ImageErrors."""
     weights: "Tensor"
     """(B,): of the examples in the mean; they average 1 over the data."""
+    masks: "Tensor | None" = None
+    """(B, K, 1, h, w), mean 1 per image: how much each position counts; None: all alike."""
     scores: "Tensor | None" = None
     """(B, K), as in ImageErrors."""
 
@@ -65,8 +67,12 @@ def denoising_errors(
             reference_prediction = model.predict(noisy_latents, timesteps, conditioning)
     prediction = model.predict(noisy_latents, timesteps, conditioning)
 
+    masks = None if batch.masks is None else batch.masks.transpose(0, 1).flatten(0, 1)
+
     def mean(values: "Tensor") -> "Tensor":
-        return values.flatten(1).mean(1).view(-1, len(batch.noise)).T
+        """From (K times B, C, h, w) to (B, K), within the masks."""
+        counted = values if masks is None else values * masks
+        return counted.flatten(1).mean(1).view(-1, len(batch.noise)).T
 
     residual = prediction - target
     reference_errors = drift = cross = None
@@ -75,7 +81,7 @@ def denoising_errors(
         drift = mean((prediction - reference_prediction).square())
     if batch.latents.shape[1] == 2:
         chosen, rejected = residual.detach().chunk(2)
-        cross = (chosen * rejected).flatten(1).mean(1)
+        cross = mean((chosen * rejected).repeat(2, 1, 1, 1))[:, 0]
     return ImageErrors(
         policy=mean(residual.square()),
         reference=reference_errors,

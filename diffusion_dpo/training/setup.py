@@ -138,6 +138,7 @@ def _encode(
             batch_size=min(8, config.per_device_batch_size),
         ),
         random_flip=config.random_flip,
+        masked=any(record.has_mask for record in data.records),
     )
     return latents, latent_shape
 

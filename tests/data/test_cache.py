@@ -145,3 +145,21 @@ def test_the_crop_is_the_middle_of_the_scaled_image(size: tuple[int, int]):
     square = np.asarray(cache.to_square(Image.fromarray(gradient), SIDE), dtype=float)
     assert square.shape == (SIDE, SIDE, 3)
     assert square[:, :, :2].mean((0, 1)) == pytest.approx([127.5, 127.5], abs=6)
+
+
+def test_masks_are_cropped_shrunk_and_mirrored_like_their_images(tmp_path: Path):
+    """White on the left third of a wide image: the crop leaves a part of it, with mean 1 over the square."""
+    pairs, encoders = make_pairs(2), CountingEncoders().make()
+    picture = np.zeros((2 * SIDE, 4 * SIDE), np.uint8)
+    picture[:, : 3 * SIDE // 2] = 255
+    pairs[1] = replace(pairs[1], mask=encode_png(Image.fromarray(picture)))
+    ids, prompts = [pair.pair_id for pair in pairs], [pair.prompt for pair in pairs]
+    opened = cache.build(tmp_path, pairs, ids, prompts, encoders, random_flip=True, masked=True)
+    plain, masked, mirrored = opened.masks([(0, 1), (1, 0), (1, 1)], [False, False, True])
+    assert torch.equal(plain, torch.ones(1, 4, 4))
+    assert masked.tolist() == [[[4.0, 0.0, 0.0, 0.0]] * 4]
+    assert torch.equal(mirrored, masked.flip(2))
+
+
+def test_without_masks_there_are_none(tmp_path: Path):
+    assert build(tmp_path, make_pairs(2), CountingEncoders().make()).masks([(0, 0)], [False]) is None

@@ -1,13 +1,18 @@
 """What is left of a data set once every row was looked at, and what people are told of the rest."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data import collect as module
 from diffusion_dpo.data.collect import Collected, collect, in_order, survey
+from diffusion_dpo.data.folder import FolderData
 from diffusion_dpo.data.images import decode_rgb, pixel_hash
 from diffusion_dpo.data.rows import make_labelled_pair
 from tests.photos import encode, jpeg, photo
@@ -162,3 +167,29 @@ def test_threads_keep_the_order_and_read_only_a_little_ahead():
     results = in_order(lambda i: i * i, items())
     assert [next(results) for _ in range(70)] == [i * i for i in range(70)]
     assert len(taken) <= 2 * module._ITEMS_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("white", "size", "why"),
+    [
+        (slice(0, 0), (96, 64), "mask: all black in the square that is trained on"),
+        (slice(0, 8), (96, 64), "mask: all black in the square that is trained on"),
+        (slice(0, 96), (64, 64), "mask: not of the size of the chosen image"),
+        (slice(40, 48), (96, 64), None),
+    ],
+)
+def test_a_mask_must_fit_its_pair(tmp_path: Path, white: slice, size: tuple[int, int], why: str | None):
+    for number in (1, 2):
+        Image.new("RGB", (96, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    picture = np.zeros((size[1], size[0]), np.uint8)
+    picture[:, white] = 255
+    Image.fromarray(picture).save(tmp_path / "mask.png")
+    line = {"prompt": "a cat", "chosen": "1.png", "rejected": "2.png", "mask": "mask.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"mask": None}) + "\n")
+    found = survey(FolderData(path=tmp_path))
+    if why is None:
+        assert [record.has_mask for record in found.records] == [True]
+        assert [drop.reason for drop in found.dropped] == ["the same pair again"]
+    else:
+        assert [record.has_mask for record in found.records] == [False]
+        assert [drop.reason for drop in found.dropped] == [why]

@@ -142,3 +142,18 @@ def test_images_of_an_example_share_its_noise_and_prompt(batch: Batch, num_image
         for column in range(num_images):
             expected = expected_error(batch, latents[:, column], pair, 0.7)
             assert errors.policy[pair, column].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_errors_are_those_of_the_white_part_and_a_white_mask_changes_nothing(batch: Batch):
+    model = KnownModel()
+    plain = denoising_errors(model, batch, reference=model.reference)
+    white = denoising_errors(model, replace(batch, masks=torch.ones(5, 2, 1, 8, 8)), reference=model.reference)
+    for name in ("policy", "reference", "drift", "cross"):
+        torch.testing.assert_close(getattr(white, name), getattr(plain, name))
+    left = torch.zeros(5, 2, 1, 8, 8)
+    left[..., :4] = 2.0
+    masked = denoising_errors(model, replace(batch, masks=left), reference=model.reference)
+    half = replace(batch, latents=batch.latents[..., :4], noise=batch.noise[..., :4])
+    expected = denoising_errors(model, half, reference=model.reference)
+    for name in ("policy", "reference", "drift", "cross"):
+        torch.testing.assert_close(getattr(masked, name), getattr(expected, name))
