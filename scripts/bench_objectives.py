@@ -21,7 +21,7 @@ import numpy as np
 from diffusion_dpo.config import load, override
 from diffusion_dpo.data.candidates import find_units
 from diffusion_dpo.data.scores import read_all_verdicts, read_facts
-from diffusion_dpo.data.shards import PAIRS, located_rows, parquet_files, write_shard
+from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes
 from diffusion_dpo.report.statistics import mean_interval
 from diffusion_dpo.settings import VERBS
@@ -109,13 +109,12 @@ def make_data(folder: Path, seed: int) -> None:
     shuffled = folder / "pairs-random"
     if not shuffled.exists():
         rng, rows = np.random.default_rng(seed), []
-        for file in parquet_files(pairs):
-            for _, row in located_rows(file, PAIRS.names):
-                if rng.random() < 0.5:
-                    for what in ("", "_uid", "_scores"):
-                        chosen, rejected = row[f"chosen{what}"], row[f"rejected{what}"]
-                        row |= {f"chosen{what}": rejected, f"rejected{what}": chosen}
-                rows.append(row)
+        for row in read_rows(pairs, PAIRS.names):
+            if rng.random() < 0.5:
+                for what in ("", "_uid", "_scores"):
+                    chosen, rejected = row[f"chosen{what}"], row[f"rejected{what}"]
+                    row |= {f"chosen{what}": rejected, f"rejected{what}": chosen}
+            rows.append(row)
         shuffled.mkdir()
         write_shard(shuffled / "pairs-00000.parquet", rows, PAIRS)
     draw(folder / "base", folder, seed)

@@ -249,3 +249,23 @@ def test_what_is_not_finite_stops_before_the_weights_change_and_names_the_pairs(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
     train.run(config)
     assert len(read_metrics(tmp_path)) == 6
+
+
+def test_tuning_on_a_lora_resumes_with_that_same_reference(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The start is part of the reference, before and after a stop; with another one in its place the run is refused."""
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "start", "learning_rate=1e-1", "seed=1"))
+    on_top = [f"model.adapter_path={tmp_path / 'start'}"]
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *on_top))
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "stopped", *on_top, "max_steps=3", "preview=null"))
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "stopped", *on_top))
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "plain"))
+    first, plain = (read_metrics(tmp_path / name)[0] for name in ("whole", "plain"))
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert first["errors/reference_chosen"] != plain["errors/reference_chosen"]
+    shutil.rmtree(tmp_path / "start")
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "start", "learning_rate=2e-1", "seed=1"))
+    with pytest.raises(ConfigError, match=r"(?s)another run.*base_weights: '\w+' then, '\w+' now"):
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "stopped", *on_top))
