@@ -3,8 +3,10 @@
 Bit for bit on one machine with as many threads: final weights, optimizer, and every metric of every step.
 """
 
+import errno
 import json
 import os
+import pkgutil
 import random
 import shutil
 import signal
@@ -15,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_dpo import train
+from diffusion_dpo import checkpoint, train
+from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.interrupt import Interrupted
 from tests.runs import MODES, final_state, make_config, read_metrics
@@ -254,7 +257,7 @@ def test_what_is_not_finite_stops_before_the_weights_change_and_names_the_pairs(
 def test_tuning_on_a_lora_resumes_with_that_same_reference(
     tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    """The start is part of the reference, before and after a stop; with another one in its place the run is refused."""
+    """The start is part of the reference, before and after a stop; another one in its place is refused."""
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "start", "learning_rate=1e-1", "seed=1"))
     on_top = [f"model.adapter_path={tmp_path / 'start'}"]
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *on_top))
@@ -269,3 +272,56 @@ def test_tuning_on_a_lora_resumes_with_that_same_reference(
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "start", "learning_rate=2e-1", "seed=1"))
     with pytest.raises(ConfigError, match=r"(?s)another run.*base_weights: '\w+' then, '\w+' now"):
         train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "stopped", *on_top))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "data.cache:_encode_batch",
+        "training.previews:draw",
+        "checkpoint:_sha256",
+        "training.evaluation:HeldOut.evaluate",
+    ],
+)
+def test_sigterm_ends_with_143_and_the_same_command_finishes_the_run(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, where: str
+):
+    """During encoding, previews, the writing of a checkpoint, and an evaluation."""
+    settings = ["evaluation.share=0.3", "evaluation.every_steps=3"]
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings))
+    (tmp_path / "config.yaml").write_text(dump(make_config(tiny_sd, tiny_pairs, tmp_path / "run", *settings)))
+    real = pkgutil.resolve_name(f"diffusion_dpo.{where}")
+
+    def terminated(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"diffusion_dpo.{where.replace(':', '.')}", terminated)
+        assert main(["train", str(tmp_path / "config.yaml")]) == 143
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    signal.signal(signal.SIGTERM, before)
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
+def test_a_disk_that_fills_during_a_save_leaves_the_old_checkpoint(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole"))
+    (tmp_path / "config.yaml").write_text(dump(make_config(tiny_sd, tiny_pairs, tmp_path / "run")))
+    real, calls = checkpoint._sha256, []
+
+    def full(path: Path) -> str:
+        calls.append(path)
+        if len(calls) > 2:  # while the second checkpoint is written
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", full)
+        assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    assert "no space left on the disk" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert main(["train", str(tmp_path / "config.yaml")]) == 0
+    assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
