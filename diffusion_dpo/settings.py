@@ -149,7 +149,7 @@ class Regularizers(Config):
     """Terms that are added to the objective, each with its weight; 0 leaves it out."""
 
     sft: float = Field(0.0, ge=0)
-    """On the chosen image's error: keeps what was liked likely."""
+    """On the chosen image's error: keeps what was liked likely. DPO itself pulls on it with at first beta / 4."""
     chosen_hinge: float = Field(0.0, ge=0)
     """On how far the chosen image's error is above the reference's."""
     drift: float = Field(0.0, ge=0)
@@ -213,7 +213,7 @@ class TrainConfig(Config):
     """curriculum: first the pairs with the widest margin, then step by step the others (2405.13637)."""
     curriculum_stages: int = Field(5, ge=2)
     """Stages of the curriculum; each adds equally many pairs."""
-    curriculum_steps: int = Field(50, ge=1)
+    curriculum_steps: int = Field(25, ge=1)
     """Steps per stage; the last one, with all pairs, goes on to the end."""
     evaluation: Evaluation = Evaluation()
     """Held-out pairs."""

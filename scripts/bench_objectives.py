@@ -68,7 +68,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rank_dpo": LISTS_OF_FOUR,
     "plackett_luce": LISTS_OF_FOUR,
     "dpo, safeguard 0.9": {"safeguard_mu": 0.9},
-    "dpo, SFT anchor 1": {"regularizers.sft": 1.0},
+    "dpo, SFT anchor 500": {"regularizers.sft": 500.0},
     "dpo, score gain": {"score_gain_weighting": True},
     "dpo, curriculum": {"order": "curriculum", "curriculum_steps": 20},
     "dpo, min-SNR 5": {"weighting.timesteps": "min_snr"},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import load
+from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.settings import VERBS, CompareConfig, ScoreConfig, TrainConfig
 
@@ -49,7 +51,7 @@ def test_command_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(ROOT)
     program, *arguments = shlex.split(line, comments=True)
     if program == "diffusion-dpo":
-        for verb in (*VERBS, "demo", "doctor"):
+        for verb in (*VERBS, "demo", "doctor", "find_beta"):
             module = types.ModuleType(f"diffusion_dpo.{verb}")
             module.run = lambda config: 0  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -137,6 +139,49 @@ def test_the_objective_of_extend_md_works() -> None:
         label_prob=zeros + 1,
     )
     torch.testing.assert_close(loss(errors).loss, torch.tensor([1.0, 0.5, 0.0]))
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_ranking_of_extend_md_is_dpo_for_two_images() -> None:
+    import torch
+
+    from diffusion_dpo.losses import ImageErrors
+
+    numbers = torch.rand(4, 5, 2, generator=torch.Generator().manual_seed(0))
+    errors = ImageErrors(
+        policy=numbers[0],
+        reference=numbers[1],
+        drift=None,
+        cross=None,
+        timesteps=torch.zeros(5).long(),
+        log_snr=torch.zeros(5),
+        previous_log_snr=torch.zeros(5),
+        labels=torch.tensor([[1.0, 0.0]] * 5),
+        scores=numbers[2],
+    )
+    ours, dpo = (load(TrainConfig, None, [f"loss.type={name}"]).loss for name in ("my_image_losses:BestOfList", "dpo"))
+    torch.testing.assert_close(ours.over_images(errors).loss, dpo.over_images(errors).loss)
+    hinge = load(TrainConfig, None, ["loss.type=my_image_losses:ImageHinge", "loss.beta=2"]).loss
+    expected = (1 - (errors.reference - errors.policy)).relu() + (1 + (errors.reference - errors.policy)).relu()
+    liked, disliked = (
+        hinge.over_images(replace(errors, labels=torch.full((5, 2), label))).loss for label in (1.0, 0.0)
+    )
+    torch.testing.assert_close(liked + disliked, expected.mean(1))
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_data_source_of_extend_md_reads_votes(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [encode_png(Image.new("RGB", (32, 32), color)) for color in ("red", "blue")]
+    row = {"prompt": "a cat", "image_a": images[0], "image_b": images[1], "votes_a": 1, "votes_b": 3}
+    rows = [row, row | {"votes_a": 0, "votes_b": 0}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "votes.parquet")
+    data = load(TrainConfig, None, ["data.type=my_data:Votes", f"data.path={tmp_path}"]).data
+    pair, dropped = data.read()
+    assert (pair.chosen, pair.rejected, pair.label_prob) == (images[1], images[0], 0.75)
+    assert dropped.reason == "no label"
 
 
 def test_the_readme_names_every_verb() -> None:

@@ -1,4 +1,5 @@
-"""Linear-DPO (2605.21123): DPO's gradient with the sigmoid in front of it made linear and clipped.
+"""Linear-DPO: Li et al. 2026, "Linear-DPO: Linear Direct Preference Optimization for Diffusion and Flow-Matching
+Generative Models" (2605.21123): DPO's gradient with the sigmoid in front of it made linear and clipped.
 
     c = stop_gradient(clip(1/2 - 0.2 beta h, eta, maximum)),      loss = c (e(chosen) - e(rejected))
     h = (e_ref(chosen) - e(chosen)) - (e_ref(rejected) - e(rejected))

@@ -74,8 +74,8 @@ class Health:
         if excess > max(_WORSE, 3 * self.chosen_excess.standard_error):
             alarms["chosen"] = (
                 f"the chosen images are now predicted worse than by the reference (error {excess:+.2%}): the policy "
-                "forgets what was liked along with what was not. Try safeguard_mu=0.9, regularizers.sft=1, a smaller "
-                "learning_rate or a larger beta"
+                "forgets what was liked along with what was not. Try safeguard_mu=0.9, regularizers.sft (of beta "
+                "/ 4 it pulls as strongly as the loss), a smaller learning_rate or a larger beta"
             )
         if (self.accuracy.mean or 0.0) > _SATURATED:
             alarms["accuracy"] = (
