@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from diffusion_dpo.data import Dropped as Dropped
     from diffusion_dpo.data import PairSource as PairSource
     from diffusion_dpo.data import PreferencePair as PreferencePair
+    from diffusion_dpo.losses import ImageErrors as ImageErrors
+    from diffusion_dpo.losses import ImageLoss as ImageLoss
+    from diffusion_dpo.losses import ListLoss as ListLoss
     from diffusion_dpo.losses import Loss as Loss
     from diffusion_dpo.losses import PairErrors as PairErrors
     from diffusion_dpo.losses import PairLoss as PairLoss
@@ -35,7 +38,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "config": ("Config", "ConfigError", "load"),
     "data": ("Dropped", "PairSource", "PreferencePair"),
-    "losses": ("Loss", "PairErrors", "PairLoss"),
+    "losses": ("ImageErrors", "ImageLoss", "ListLoss", "Loss", "PairErrors", "PairLoss"),
     "models": ("DiffusionModel", "LoadedModel"),
     "scorers": ("Metric", "ScoreRequest", "Scorer", "Scores"),
     "settings": ("CompareConfig", "GenerateConfig", "InspectConfig", "PairConfig", "ScoreConfig", "TrainConfig"),

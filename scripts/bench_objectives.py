@@ -47,6 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dpo, random labels": {},
     "dpo, label_smoothing 0.1": {"loss.label_smoothing": 0.1},
     "dpo, learning rate 1e-5": {"learning_rate": 1e-5},
+    "dpo, beta 500": {"loss.beta": 500},
     "ipo": {},
     "ipo, beta 200": {"loss.beta": 200},
     "hinge": {},

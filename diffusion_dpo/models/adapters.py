@@ -39,8 +39,9 @@ def find_adapter(path: Path) -> tuple[AdapterKind, Path]:
             return "unet", folder
     if path.is_file() and path.suffix == ".safetensors":
         return "lora", path
-    what = "holds neither" if path.exists() else "does not exist; expected"
-    raise ConfigError(f"adapter_path {path} {what} {LORA_FILE} (a LoRA) nor unet/config.json (a full UNet)")
+    what = "holds neither" if path.exists() else "does not exist; it should hold either"
+    either = "nor" if path.exists() else "or"
+    raise ConfigError(f"adapter_path {path} {what} {LORA_FILE} (a LoRA) {either} unet/config.json (a full UNet)")
 
 
 def add_adapter(
