@@ -136,6 +136,9 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
 def train_step(run: Run, step: int, batches: Iterator[Batch]) -> dict[str, float]:
     """Take one optimizer step (from 0) over the micro-batches of a global batch; return its metrics.
 
+    With `loss.type=dpo` this descends equation 14 of Diffusion-DPO (arXiv 2311.12908): `denoising_errors` noises both
+    images of a pair alike (training/errors.py) and asks policy and frozen reference, and losses/dpo.py compares them.
+
     Raises ConfigError, before the weights are touched, when the loss or the gradient is not finite.
     """
     import torch
