@@ -73,8 +73,8 @@ def _recognise(path: Path) -> PairSource | None:
     if not path.exists():
         raise ConfigError(f"there is no file or folder {path}; name one: diffusion-dpo inspect PATH")
     if (path / METADATA).is_file():
-        _, first = next(read_metadata(path, LABELLED_KEYS, LABELLED_EXAMPLE), ("", ""))
-        if isinstance(first, dict):
+        lines = read_metadata(path, LABELLED_KEYS, LABELLED_EXAMPLE)
+        if any(isinstance(entry, dict) for _, entry in lines):
             return LabelledData(path=path, type="labelled")
         return FolderData(path=path, type="folder")
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
@@ -127,7 +127,8 @@ def _inspect_pairs(path: Path, source: PairSource, num_images: int) -> _Findings
             rows.append((f"{metric}, {side}", _spread(scores)))
     rows += _drop_rows(found.dropped)
     kind = "" if source.type == "pairs" else f"data.type={source.type} "
-    command = f"diffusion-dpo train {kind}{shlex.quote(f'data.path={path}')}"
+    objective = " loss.type=kto" if isinstance(source, LabelledData) else ""
+    command = f"diffusion-dpo train {kind}{shlex.quote(f'data.path={path}')}{objective}"
     return rows, _pair_blocks(found, num_images // 2), command
 
 

@@ -5,6 +5,7 @@ once; one over rankings sees several distinct images of a prompt, which is what 
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -72,18 +73,19 @@ def read_scores(
 ) -> ScoreTable:
     """Return the scores of every image, oriented so that chosen images score higher.
 
-    Raises ConfigError when a score is missing, when all are equal, and when the metric does not say which is better.
+    Raises ConfigError when a score is missing or not finite, when all are equal, and when the metric does not say
+    which is better.
     """
     raw: dict[tuple[str, str], float] = {}
     agreement = 0
     for record in records:
         for side, scores in ((CHOSEN, record.chosen_scores), (REJECTED, record.rejected_scores)):
             uid = uid_of(record, side)
-            if uid and metric not in scores:
+            if uid and not math.isfinite(scores.get(metric, math.nan)):
                 known = ", ".join(sorted(scores)) or "none"
                 raise ConfigError(
-                    f"{record.where}: the {('chosen', 'rejected')[side]} image has no score {metric!r} (it has: "
-                    f"{known}), and this training looks at scores; score and pair again, or set score_metric"
+                    f"{record.where}: the {('chosen', 'rejected')[side]} image has no finite score {metric!r} (it "
+                    f"has: {known}), and this training looks at scores; score and pair again, or set score_metric"
                 )
             if uid:
                 raw[record.prompt, uid] = scores[metric]
@@ -158,11 +160,12 @@ def easiest_first(examples: Sequence[Example]) -> list[Example]:
 
 def _pair(records: Sequence[PairRecord], index: int, sides: tuple[int, int], scores: ScoreTable | None) -> Example:
     record = records[index]
+    values = () if scores is None else tuple(scores.of(record, side) for side in sides)
     return Example(
         key=record.pair_id,
         images=tuple((index, side) for side in sides),
         labels=(record.label_prob, 1 - record.label_prob),
-        scores=() if scores is None else tuple(scores.of(record, side) for side in sides),
+        scores=values if sides == (CHOSEN, REJECTED) else tuple(1 - value for value in values),
     )
 
 

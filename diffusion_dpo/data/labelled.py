@@ -25,7 +25,7 @@ class LabelledData(PairSource):
             for where, entry in read_metadata(self.path, KEYS, EXAMPLE):
                 image = entry if isinstance(entry, str) else read_inside(self.path, entry["image"])
                 if isinstance(entry, str) or isinstance(image, str):
-                    yield Dropped(where, str(image))
+                    yield Dropped(where, entry if isinstance(entry, str) else f"image: {image}")
                 else:
                     yield make_labelled_image(where, entry["prompt"], image, entry["label"], source="labelled")
             return

@@ -59,3 +59,44 @@ def test_shares_are_what_was_asked_for():
     assert random.timestep_uniform.max() < 1
     assert abs(random.noise.std() - 1) < 0.01
     assert not draw(visits, flip=False).flip.any()
+
+
+# --- the curriculum --------------------------------------------------------------------------------------------------
+
+
+def curriculum(num_steps: int, *, num_examples: int = 23, size: int = 4, stages: int = 3, steps: int = 7):
+    """The visits of every step, in a curriculum of `stages` stages of `steps` steps."""
+    return [
+        global_batch(0, num_examples, size, step, num_stages=stages, steps_per_stage=steps)
+        for step in range(num_steps)
+    ]
+
+
+def test_stage_k_of_n_draws_from_the_first_k_nths_only_and_from_all_of_them():
+    batches = curriculum(120)
+    for stage, pool in enumerate((8, 16, 23)):  # thirds of 23, rounded up
+        seen = {visit.index for batch in batches[7 * stage : 7 * (stage + 1)] for visit in batch}
+        assert seen == set(range(pool))
+    assert all(len(batch) == 4 for batch in batches)
+    assert {visit.index for batch in batches[100:] for visit in batch} == set(range(23))
+
+
+def test_every_epoch_of_a_curriculum_is_complete_but_for_those_that_a_stage_cuts_short():
+    visits = [visit for batch in curriculum(14 + 46) for visit in batch]
+    epochs = {epoch: [v.index for v in visits if v.epoch == epoch] for epoch in sorted({v.epoch for v in visits})}
+    # 28 visits of 8 examples, 28 of 16, then 46 * 4 of 23: eight whole epochs
+    assert [len(indices) for indices in epochs.values()] == [8, 8, 8, 4, 16, 12, *[23] * 8]
+    assert all(len(set(indices)) == len(indices) for indices in epochs.values())
+    assert [visit.epoch for visit in visits] == sorted(visit.epoch for visit in visits)
+
+
+def test_no_stage_repeats_the_noise_of_another():
+    """Noise is keyed by (seed, epoch, example): a visit that came back would bring its noise along."""
+    for settings in ({}, {"num_examples": 5, "stages": 5}, {"num_examples": 1}, {"size": 50, "steps": 1}):
+        visits = [visit for batch in curriculum(60, **settings) for visit in batch]
+        assert len(set(visits)) == len(visits)
+        assert {visit.epoch for visit in visits} == set(range(max(visit.epoch for visit in visits) + 1))
+
+
+def test_one_stage_is_no_curriculum():
+    assert curriculum(30, stages=1) == [global_batch(0, 23, 4, step) for step in range(30)]
