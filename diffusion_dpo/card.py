@@ -79,7 +79,8 @@ diffusion-dpo {__version__}.
 {example}
 | setting | value |
 |---|---|
-| pairs | {facts["num_pairs"]}, labelled by {", ".join(facts["labelled_by"]) or "their source"} |
+| pairs | {facts["num_pairs"]}, and {facts["num_held_out"]} held out |
+| labelled by | {", ".join(facts["labelled_by"]) or "their source"} |
 | steps | {facts["steps"]} of {config.global_batch_size} |
 | learning rate | {config.learning_rate} |
 | objective | {", ".join(f"{key}={value}" for key, value in loss.items())} |

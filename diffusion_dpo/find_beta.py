@@ -1,7 +1,8 @@
 """`train --find-beta`: short probes over beta and the learning rate, judged on held-out pairs, and a recommendation.
 
-Every probe starts from the same weights and sees the same pairs with the same noise. The most accurate wins, but of
-those within one standard error of it the one that stayed closest to the reference.
+Every probe starts from the same weights and sees the same pairs with the same noise. The lowest held-out loss wins:
+for DPO that is minus the log likelihood of the held-out labels under the implicit rewards, which suffers when those
+are too timid as well as when they are too sure, and can be compared between betas.
 """
 
 import itertools
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, cast
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, show, warn
 from diffusion_dpo.data import PairSource, collect
+from diffusion_dpo.data.examples import split_held_out
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish, write_json
 from diffusion_dpo.losses import Loss
@@ -56,12 +58,19 @@ def run(config: TrainConfig) -> Path:
 
     Raises ConfigError when there are no held-out pairs to judge by.
     """
-    folder = config.output_dir.with_name(config.output_dir.name + "-find-beta")
-    config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
+    beside = config.output_dir if config.output_dir.name else config.output_dir.resolve()
+    folder = beside.with_name(beside.name + "-find-beta")
     refuse_contradictions(config)
+    config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     data = collect.collect(cast(PairSource, config.data), max_broken_share=config.max_broken_share)
+    share, most = config.evaluation.share, config.evaluation.max_pairs
+    if not split_held_out(data.records, share=share, max_pairs=most, seed=config.seed)[1]:
+        raise ConfigError(
+            "no pairs are held out to judge the probes by: there are too few, or evaluation.share is 0, or the data "
+            "are single images"
+        )
     with claim(folder, "find-beta", {}):
         model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
         probes = list(_probe_all(prepare(config, model, data, dtype), dtype))
@@ -72,8 +81,8 @@ def run(config: TrainConfig) -> Path:
     _print_table(probes, best)
     if best is None:
         warn(
-            f"nothing to recommend: after {NUM_STEPS} steps no probe is more accurate on held-out pairs than a coin "
-            "by two standard errors without breaking the model; hold out more pairs (evaluation.share), or start from "
+            f"nothing to recommend: after {NUM_STEPS} steps no probe that left the model whole is more accurate on "
+            "held-out pairs than a coin by two standard errors; hold out more pairs (evaluation.share), or start from "
             "another learning_rate"
         )
     else:
@@ -86,24 +95,20 @@ def run(config: TrainConfig) -> Path:
 
 
 def recommend(probes: Sequence[Probe]) -> Probe | None:
-    """Return the probe to take, None when no sound one is better than chance by two standard errors."""
+    """Return the sound probe with the lowest held-out loss, None when it is no more accurate than a coin.
+
+    Objectives that are not about pairs have no such loss; there the most accurate one is taken. More accurate means by
+    two standard errors.
+    """
     sound = [probe for probe in probes if probe.is_sound]
     if not sound:
         return None
-    best = max(sound, key=lambda probe: probe.metrics["eval/accuracy"])
-    error = best.metrics.get("eval/accuracy/se", math.inf)
-    if best.metrics["eval/accuracy"] - 2 * error <= 0.5:
-        return None
-    near = [probe for probe in sound if probe.metrics["eval/accuracy"] >= best.metrics["eval/accuracy"] - error]
-    return min(near, key=lambda probe: probe.metrics["eval/kl"])
+    best = min(sound, key=lambda probe: probe.metrics.get("eval/loss", -probe.metrics["eval/accuracy"]))
+    chance = 0.5 + 2 * best.metrics.get("eval/accuracy/se", math.inf)
+    return best if best.metrics["eval/accuracy"] > chance else None
 
 
 def _probe_all(run: Run, dtype: "torch.dtype") -> Iterator[Probe]:
-    if run.held_out is None:
-        raise ConfigError(
-            "no pairs are held out to judge the probes by: there are too few, or evaluation.share is 0, or the data "
-            "are single images"
-        )
     start = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
     beta = run.config.loss.model_dump().get("beta")
     betas = [None] if beta is None else [beta * factor for factor in _BETA_FACTORS]
@@ -117,7 +122,9 @@ def _probe_all(run: Run, dtype: "torch.dtype") -> Iterator[Probe]:
                     for step in range(NUM_STEPS):
                         probe.health.watch(train_step(probe, step, batches))
                         advance()
-                metrics = run.held_out.evaluate(run.model)
+                assert probe.held_out is not None
+                found = probe.held_out.evaluate(run.model)
+                metrics = found if all(map(math.isfinite, found.values())) else {}
             except ConfigError as error:
                 warn(f"beta {beta}, learning_rate {rate:g}: {error}")
             yield Probe(beta, rate, metrics)
@@ -133,10 +140,13 @@ def _begin(run: Run, start: "dict[str, Tensor]", beta: float | None, rate: float
     loss = cast(Loss, run.config.loss.model_copy(update={} if beta is None else {"beta": beta}))
     config = run.config.model_copy(update={"loss": loss, "learning_rate": rate})
     optimizer, scaler = make_optimizer(config, run.parameters, run.model.device, dtype)
+    objective = replace(run.objective, loss=loss)
+    assert run.held_out is not None
     return replace(
         run,
         config=config,
-        objective=replace(run.objective, loss=loss),
+        objective=objective,
+        held_out=replace(run.held_out, objective=objective if run.held_out.objective else None),
         reader=replace(run.reader, config=config),
         optimizer=optimizer,
         scaler=scaler,
@@ -149,13 +159,14 @@ def _print_table(probes: Sequence[Probe], best: Probe | None) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("beta", "learning_rate", "accuracy", "chosen error", "rejected", "KL (nats)", ""):
+    for name in ("beta", "rate", "loss", "accuracy", "chosen", "rejected", "KL", ""):  # in 80 columns
         table.add_column(name, justify="right", no_wrap=True)
     for probe in probes:
         found = probe.metrics
-        cells = ["diverged", "", "", ""]
+        cells = ["diverged", "", "", "", ""]
         if found:
             cells = [
+                f"{found['eval/loss']:.3f}" if "eval/loss" in found else "-",
                 f"{found['eval/accuracy']:.2f} +- {found.get('eval/accuracy/se', math.nan):.2f}",
                 f"{found['eval/chosen_error']:+.1%}",
                 f"{found['eval/rejected_error']:+.1%}",

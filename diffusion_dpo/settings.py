@@ -9,6 +9,8 @@ from diffusion_dpo.config import Config, plugin
 
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+"""What a denoiser predicts: the noise, v = alpha_t epsilon - sigma_t x_0, or the latents x_0."""
 
 
 class ImageModel(Config):
@@ -268,6 +270,16 @@ class TrainConfig(Config):
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
         return self.global_batch_size // self.per_device_batch_size
+
+    @model_validator(mode="after")
+    def _curriculum_reaches_all(self) -> Self:
+        before_last = (self.curriculum_stages - 1) * self.curriculum_steps
+        if self.order == "curriculum" and before_last >= self.max_steps:
+            raise ValueError(
+                "order=curriculum takes up all pairs after (curriculum_stages - 1) x curriculum_steps = "
+                f"{before_last} steps, and max_steps is {self.max_steps}; lower curriculum_steps, or raise max_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:

@@ -75,9 +75,11 @@ def run(config: TrainConfig) -> Path:
         state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         trained_to = _train(state, prompts)
         adapter = card.save_model(model, config.output_dir)
+        num_held_out = len(state.held_out.examples) if state.held_out else 0
         facts = {
             "steps": trained_to,
-            "num_pairs": len(data),
+            "num_pairs": len(data) - num_held_out,
+            "num_held_out": num_held_out,
             "drops": data.drops,
             "labelled_by": source.labelled_by(),
             "prompt_hashes": _prompt_hashes(prompts),
@@ -98,7 +100,7 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
         say(f"{config.output_dir} is trained to step {first} already; raise max_steps to go on")
     elif first:
         say(f"continuing after step {first} of {config.max_steps}")
-    preview_if_due(config, run.model, prompts, first)
+    preview_if_due(config, run.model, prompts, first, is_last=first >= config.max_steps or run.beyond_budget)
     with (
         interrupt.deferred() as stop,
         Tracker(config.output_dir, first + 1) as tracker,
@@ -117,7 +119,7 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
                 run.kl = metrics["eval/kl"]
                 say(f"step {done}, held-out pairs: {progress_note(metrics)}")
             tracker.log(done, metrics)
-            for alarm in run.health.watch(metrics):
+            for alarm in run.health.watch(metrics, relative=run.objective.loss.needs_reference):
                 warn(f"step {done}: {alarm}")
             advance(1, _note(metrics))
             last = done == config.max_steps or run.beyond_budget
@@ -127,7 +129,7 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
             if stop.requested:
                 say(f"stopped after step {done}, which is saved; the same command continues there")
                 raise stop.exception
-            preview_if_due(config, run.model, prompts, config.max_steps if last else done)
+            preview_if_due(config, run.model, prompts, done, is_last=last)
     if run.beyond_budget:
         say(f"the KL divergence from the reference, {run.kl:.3g} nats, is above evaluation.max_kl: training ended")
     return done

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from diffusion_dpo.data import PairSource, PreferencePair
 from diffusion_dpo.data.rows import make_pair
-from diffusion_dpo.models import DiffusionModel, LoadedModel, PredictionType
+from diffusion_dpo.models import DiffusionModel, LoadedModel
+from diffusion_dpo.settings import PredictionType
 
 PROMPTS = ("towards", "away")
 _IMAGE_SIDE = 32

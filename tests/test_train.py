@@ -145,7 +145,7 @@ def test_what_cannot_work_is_one_sentence(
 
 
 def test_only_what_the_mask_shows_is_learned(tiny_sd: Path, tmp_path: Path):
-    """Images that differ on the right alone: to the left mask the errors of chosen and rejected are nearly the same."""
+    """Images that differ on the right alone: under the left mask the errors of both are nearly the same."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "pairs"
     folder.mkdir()

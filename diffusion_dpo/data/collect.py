@@ -28,7 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PairRecord:
     """What is kept of a pair: everything but its images.
 
@@ -183,7 +183,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield from pool.map(function, batch)
 
 
-def _mask_fault(data: bytes, size_px: tuple[int, int]) -> str:
+def _mask_fault(data: bytes, sizes_px: set[tuple[int, int]]) -> str:
     """Say what is wrong with a mask, "" when nothing is."""
     if not data:
         return ""
@@ -191,8 +191,8 @@ def _mask_fault(data: bytes, size_px: tuple[int, int]) -> str:
         mask = decode_rgb(data)
     except BrokenImage as error:
         return f"mask: {error}"
-    if mask.size != size_px:
-        return "mask: not of the size of the chosen image"
+    if {mask.size} != sizes_px:
+        return "mask: not of the size of both images"
     used = mask.convert("F").resize((1, 1), Image.Resampling.BOX, box=middle_square(mask.size))
     return "" if used.getbbox() else "mask: all black in the square that is trained on"
 
@@ -215,7 +215,7 @@ def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropp
     (chosen_uid, chosen_size_px), (rejected_uid, rejected_size_px) = facts
     if chosen_uid == rejected_uid:
         return Dropped(where, "chosen and rejected are the same image")
-    fault = _mask_fault(item.mask, chosen_size_px)
+    fault = _mask_fault(item.mask, {chosen_size_px, rejected_size_px})
     if fault:
         return Dropped(where, fault)
     return PairRecord(

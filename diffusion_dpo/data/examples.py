@@ -18,7 +18,7 @@ from diffusion_dpo.data.collect import PairRecord
 CHOSEN, REJECTED = 0, 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """K images of one prompt, best first; an image is named by its pair's index in the data and its side."""
 
@@ -59,7 +59,7 @@ def split_held_out(
     room = min(int(share * len(records)), max_pairs)
     prompts: dict[str, list[int]] = {}
     for index, record in enumerate(records):
-        prompts.setdefault(record.prompt, []).append(index)
+        prompts.setdefault(record.prompt.strip(), []).append(index)
     held: set[int] = set()
     for prompt in sorted(prompts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()):
         indices = prompts[prompt]
@@ -107,6 +107,16 @@ def read_scores(
     return ScoreTable(metric, calibrated)
 
 
+def refuse_single_images(records: Sequence[PairRecord]) -> None:
+    """Raise ConfigError when there are images that were judged by themselves."""
+    alone = [record for record in records if not record.is_pair]
+    if alone:
+        raise ConfigError(
+            f"{len(alone)} of {len(records)} rows are single images (e.g. {alone[0].where}), and this objective "
+            "compares the two images of a pair; take one over single images: loss.type=kto, sft or dco"
+        )
+
+
 def form_examples(
     records: Sequence[PairRecord],
     indices: Sequence[int],
@@ -122,12 +132,6 @@ def form_examples(
     """
     sides = (REJECTED, CHOSEN) if swap_labels else (CHOSEN, REJECTED)
     if unit == "pair":
-        alone = [records[i] for i in indices if not records[i].is_pair]
-        if alone:
-            raise ConfigError(
-                f"{len(alone)} of {len(indices)} rows are single images (e.g. {alone[0].where}), and this objective "
-                "compares the two images of a pair; take one over single images: loss.type=kto, sft or dco"
-            )
         examples = [_pair(records, i, sides, scores) for i in indices]
     elif unit == "list":
         assert scores is not None
@@ -140,7 +144,7 @@ def form_examples(
     else:
         examples = _single_images(records, indices, sides)
         if unit == "chosen":
-            examples = [example for example in examples if example.labels[0] >= 0.5]
+            examples = [example for example in examples if example.labels[0] > 0.5]
         if not examples:
             raise ConfigError("there is no image that was chosen, and this objective learns from those alone")
     return examples

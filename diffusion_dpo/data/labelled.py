@@ -23,9 +23,12 @@ class LabelledData(PairSource):
 
         if (self.path / METADATA).exists():
             for where, entry in read_metadata(self.path, KEYS, EXAMPLE):
-                image = entry if isinstance(entry, str) else read_inside(self.path, entry["image"])
-                if isinstance(entry, str) or isinstance(image, str):
-                    yield Dropped(where, entry if isinstance(entry, str) else f"image: {image}")
+                if isinstance(entry, str):
+                    yield Dropped(where, entry)
+                    continue
+                image = read_inside(self.path, entry["image"])
+                if isinstance(image, str):
+                    yield Dropped(where, f"image: {image}")
                 else:
                     yield make_labelled_image(where, entry["prompt"], image, entry["label"], source="labelled")
             return

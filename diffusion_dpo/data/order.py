@@ -25,6 +25,7 @@ class Visit:
     epoch: int
 
 
+@functools.lru_cache(maxsize=2)
 def global_batch(
     seed: int,
     num_examples: int,
@@ -33,7 +34,7 @@ def global_batch(
     *,
     num_stages: int = 1,
     steps_per_stage: int = 1,
-) -> list[Visit]:
+) -> tuple[Visit, ...]:
     """Return the visits of an optimizer step (from 0). Epochs follow one another without a gap or a short batch.
 
     With `num_stages` above 1, stage k of n draws from the first k / n of the examples only, which is a curriculum if
@@ -53,7 +54,7 @@ def global_batch(
     for position in range(start, start + global_batch_size):
         epoch = first_epoch + position // pool
         visits.append(Visit(int(_order(seed, epoch, pool)[position % pool]), epoch))
-    return visits
+    return tuple(visits)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,6 +1,6 @@
 """MaPO: Hong et al. 2024, "Margin-aware Preference Optimization for Aligning Diffusion Models Without Reference".
 
-arXiv 2406.06424. No reference model, hence one forward less and less memory:
+arXiv 2406.06424. No reference, hence one forward less a step:
 
     phi(x) = x / (e^x - 1),      loss = e(chosen) + w l(T [phi(s e(chosen)) - phi(s e(rejected))]),   l = -log sigmoid
 

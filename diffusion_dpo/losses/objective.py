@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from diffusion_dpo.losses import ImageErrors, ImageLoss, Loss
-from diffusion_dpo.losses.weighting import PredictionType, error_weights
-from diffusion_dpo.settings import Regularizers, Weighting
+from diffusion_dpo.losses.weighting import error_weights
+from diffusion_dpo.settings import PredictionType, Regularizers, Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,8 @@ def safeguard(errors: ImageErrors, mu: float) -> ImageErrors:
 
     Diffusion-SDPO (2511.03317): with residuals r = prediction - target, the scale is
     clip((1 - mu) |r_chosen|^2 / <r_chosen, r_rejected>, 0, 1), or 1 where the product is not positive. To first order
-    in the space of predictions, a step then lowers the chosen error by at least mu |r_chosen|^2. Per pair; the
-    authors' code takes one scale for the whole micro-batch.
+    in the space of predictions, a step that pulls the margin up then lowers the chosen error by at least
+    mu |r_chosen|^2. Per pair; the authors' code takes one scale for the whole micro-batch.
     """
     import torch
 

@@ -9,14 +9,12 @@ the errors of policy and reference alike, and so beta: they decide how strongly 
 reference, not only how often it is heard.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from diffusion_dpo.settings import Weighting
+from diffusion_dpo.settings import PredictionType, Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 def error_weights(

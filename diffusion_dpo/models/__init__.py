@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffusion_dpo.config import Plugin
+from diffusion_dpo.settings import PredictionType
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
     from torch import Tensor
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class DiffusionModel(Plugin):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import Field
 
 from diffusion_dpo.config import Config, ConfigError
-from diffusion_dpo.models import DiffusionModel, LoadedModel, PredictionType, adapters
+from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
+from diffusion_dpo.settings import PredictionType
 
 if TYPE_CHECKING:
     import torch

@@ -41,7 +41,7 @@ class Run:
     def beyond_budget(self) -> bool:
         """Whether the last evaluation found the policy further from the reference than it may go."""
         limit = self.config.evaluation.max_kl
-        return limit is not None and self.kl > limit
+        return limit is not None and not self.kl <= limit
 
     @property
     def reference(self) -> "Callable[[], AbstractContextManager[None]] | None":

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_BELOW_ONE = 1 - 2**-24
+"""The largest float32 below 1, to which the end of a range may round up."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads the micro-batches of a run, on the CPU: `reader[step, number]`, both from 0."""
@@ -30,7 +34,7 @@ class Reader:
     cache: LatentCache
     latent_shape: tuple[int, int, int]
 
-    def visits(self, step: int) -> list[Visit]:
+    def visits(self, step: int) -> tuple[Visit, ...]:
         """Return which examples an optimizer step trains on."""
         config = self.config
         num_stages = config.curriculum_stages if config.order == "curriculum" else 1
@@ -61,7 +65,8 @@ class Reader:
             random_flip=config.random_flip,
         )
         low, high = config.weighting.timestep_range
-        timesteps = self.model.sample_timesteps(low + (high - low) * random.timestep_uniform)
+        uniform = (low + (high - low) * random.timestep_uniform).clamp(max=_BELOW_ONE)
+        timesteps = self.model.sample_timesteps(uniform)
         return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache)
 
     def stream(self, first_step: int) -> Generator[Batch, None, None]:

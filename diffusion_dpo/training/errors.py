@@ -78,7 +78,7 @@ def denoising_errors(
     reference_errors = drift = cross = None
     if reference_prediction is not None:
         reference_errors = mean((reference_prediction - target).square())
-        drift = mean((prediction - reference_prediction).square())
+        drift = (prediction - reference_prediction).square().flatten(1).mean(1).view(-1, len(batch.noise)).T
     if batch.latents.shape[1] == 2:
         chosen, rejected = residual.detach().chunk(2)
         cross = mean((chosen * rejected).repeat(2, 1, 1, 1))[:, 0]

@@ -55,13 +55,16 @@ class Health:
         """How much the policy has gained on any image at all, mean over past steps; 0 at the start."""
         return self.advantage.mean or 0.0
 
-    def watch(self, metrics: Mapping[str, float]) -> list[str]:
-        """Take in the metrics of a step; return the alarms that it raises for the first time in the run."""
+    def watch(self, metrics: Mapping[str, float], *, relative: bool = True) -> list[str]:
+        """Take in the metrics of a step; return the alarms that it raises for the first time in the run.
+
+        `relative` says whether rewards are measured against the reference, so that they start at 0.
+        """
         before = self.grad_norm.mean
         self.steps += 1
         if "errors/advantage" in metrics:
             self.advantage.add(metrics["errors/advantage"])
-        if {"errors/chosen", "errors/reference_chosen"} <= metrics.keys():
+        if "errors/chosen" in metrics and metrics.get("errors/reference_chosen"):  # 0 where a timestep weighs nothing
             self.chosen_excess.add(metrics["errors/chosen"] / metrics["errors/reference_chosen"] - 1)
         if "rewards/accuracies" in metrics:
             self.accuracy.add(metrics["rewards/accuracies"])
@@ -77,17 +80,17 @@ class Health:
                 "forgets what was liked along with what was not. Try safeguard_mu=0.9, regularizers.sft (of beta "
                 "/ 4 it pulls as strongly as the loss), a smaller learning_rate or a larger beta"
             )
-        if (self.accuracy.mean or 0.0) > _SATURATED:
+        if relative and (self.accuracy.mean or 0.0) > _SATURATED:
             alarms["accuracy"] = (
                 f"the implicit accuracy on training pairs has reached {self.accuracy.mean:.0%}: from here on the "
                 "margin grows without learning. Compare eval/accuracy, and stop earlier or take more pairs"
             )
-        if before and metrics["grad_norm"] > _SPIKE * before:
+        if before and _SPIKE * before < metrics["grad_norm"] < math.inf:  # inf: fp16, and the step was skipped
             alarms["gradient"] = (
                 f"the gradient's norm jumped to {metrics['grad_norm']:.3g}, from about {before:.3g}. If it happens "
                 "again: a smaller learning_rate, warmup_steps, or a larger batch"
             )
-        if abs(metrics.get("rewards/margins", 0.0)) > _LOGIT_LIMIT:
+        if relative and abs(metrics.get("rewards/margins", 0.0)) > _LOGIT_LIMIT:
             alarms["logit"] = (
                 f"the mean margin of rewards is {metrics['rewards/margins']:.3g}, where the loss is flat or explodes: "
                 "beta or learning_rate is too large"

@@ -99,5 +99,5 @@ def refuse_not_finite(run: "Run", step: int, metrics: dict[str, float], examples
         f"step {step + 1}: {what} is not finite, so the run stopped before changing the weights. "
         f"{'These pairs did it' if bad else 'The batch held the pairs'}: {keys}{', ...' * (len(culprits) > _NAMED)}. "
         "Lower learning_rate, use bf16 or fp32 instead of fp16, or look at these pairs with `diffusion-dpo inspect`. "
-        f"The last checkpoint in {run.config.output_dir / 'checkpoints'} is good"
+        "Checkpoints of earlier steps are as they were"
     )

@@ -8,12 +8,14 @@ from diffusion_dpo.sampling import DrawRequest, draw, image_seed
 from diffusion_dpo.settings import TrainConfig
 
 
-def preview_if_due(config: TrainConfig, model: LoadedModel, training_prompts: Sequence[str], step: int) -> None:
+def preview_if_due(
+    config: TrainConfig, model: LoadedModel, training_prompts: Sequence[str], step: int, *, is_last: bool
+) -> None:
     """Draw what is missing of `previews/step-XXXXXXXX/`: at the start, at the end, and every so many steps."""
     if config.preview is None:
         return
     every = config.preview.every_steps
-    if step not in (0, config.max_steps) and not (every and step % every == 0):
+    if not (step == 0 or is_last or (every and step % every == 0)):
         return
     prompts = config.preview.prompts or tuple(dict.fromkeys(training_prompts))[:4]
     folder = config.output_dir / "previews" / f"step-{step:08d}"

@@ -13,6 +13,7 @@ from diffusion_dpo.data.examples import (
     easiest_first,
     form_examples,
     read_scores,
+    refuse_single_images,
     split_held_out,
     weigh_by_gain,
 )
@@ -46,27 +47,49 @@ def refuse_contradictions(config: TrainConfig) -> None:
                 f"{name} is about the two images of a pair, and loss.type={loss.type} learns from "
                 f"{_UNITS[loss.unit]}; leave it out, or take an objective over pairs such as dpo"
             )
+    if config.score_metric is not None and not _looks_at_scores(config):
+        raise ConfigError(
+            f"score_metric={config.score_metric}, and nothing here looks at scores; leave it out, or take "
+            "score_gain_weighting=true, order=curriculum, or an objective that does (capo, rank_dpo, plackett_luce)"
+        )
     if config.reference.type == "ema" and not (loss.needs_reference or config.regularizers.needs_reference):
         raise ConfigError(f"reference.type=ema, and loss.type={loss.type} has no reference; leave it out")
 
 
 def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype") -> Run:
     """Encode what is not cached, and set up the optimizer: everything up to the first step."""
+    loss = cast(Loss, config.loss)
     train_on, held = split_held_out(
         data.records, share=config.evaluation.share, max_pairs=config.evaluation.max_pairs, seed=config.seed
     )
-    examples = _examples(config, data, train_on)
+    if config.evaluation.max_kl is not None and not held:
+        raise ConfigError(
+            "evaluation.max_kl is measured on held-out pairs, and there are none: raise evaluation.share, bring more "
+            "pairs, or set evaluation.max_kl=null"
+        )
+    if loss.unit == "pair":
+        refuse_single_images(data.records)
+    scores = _scores(config, data)
+    examples = _examples(config, data, train_on, scores)
     latents, latent_shape = _encode(config, model, data, dtype)
+    objective = Objective(
+        loss=loss,
+        weighting=config.weighting,
+        regularizers=config.regularizers,
+        safeguard_mu=config.safeguard_mu,
+        prediction_type=model.prediction_type,
+    )
     held_out = None
     if held:
         held_out = HeldOut(
-            examples=form_examples(data.records, held, "pair", swap_labels=config.swap_labels),
+            examples=form_examples(data.records, held, "pair", scores=scores, swap_labels=config.swap_labels),
             prompts=[data.records[index].prompt for index in held],
             cache=latents,
             latent_shape=latent_shape,
             num_timesteps=config.evaluation.num_timesteps,
             batch_size=config.per_device_batch_size,
             seed=config.seed,
+            objective=objective if objective.loss.unit == "pair" else None,
         )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -76,13 +99,7 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
     return Run(
         config=config,
         model=model,
-        objective=Objective(
-            loss=cast(Loss, config.loss),
-            weighting=config.weighting,
-            regularizers=config.regularizers,
-            safeguard_mu=config.safeguard_mu,
-            prediction_type=model.prediction_type,
-        ),
+        objective=objective,
         reader=Reader(config, model, examples, latents, latent_shape),
         parameters=parameters,
         optimizer=optimizer,
@@ -143,25 +160,33 @@ def _encode(
     return latents, latent_shape
 
 
-def _examples(config: TrainConfig, data: Collected, train_on: Sequence[int]) -> list[Example]:
+def _examples(
+    config: TrainConfig, data: Collected, train_on: Sequence[int], scores: ScoreTable | None
+) -> list[Example]:
     loss = cast(Loss, config.loss)
     examples = form_examples(
         data.records,
         train_on,
         loss.unit,
-        scores=_scores(config, data),
+        scores=scores,
         list_size=loss.list_size if isinstance(loss, ListLoss) else 2,
         swap_labels=config.swap_labels,
     )
+    num_left_out = len({data.records[index].prompt for index in train_on}) - len(examples)
+    if loss.unit == "list" and num_left_out:
+        say(f"{num_left_out} prompts have fewer than loss.list_size distinct images and are left out")
     if config.score_gain_weighting:
         examples = weigh_by_gain(examples)
     return easiest_first(examples) if config.order == "curriculum" else examples
 
 
+def _looks_at_scores(config: TrainConfig) -> bool:
+    return cast(Loss, config.loss).needs_scores or config.score_gain_weighting or config.order == "curriculum"
+
+
 def _scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
     """Return the scores that something looks at, None when nothing does."""
-    loss = cast(Loss, config.loss)
-    if not (loss.needs_scores or config.score_gain_weighting or config.order == "curriculum"):
+    if not _looks_at_scores(config):
         return None
     metric = config.score_metric
     if metric is None:
@@ -170,11 +195,11 @@ def _scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
             first = data.records[0]
             known = ", ".join(sorted({*first.chosen_scores, *first.rejected_scores})) or "none"
             raise ConfigError(
-                f"loss.type={loss.type} or its weights look at scores, and the data does not say which metric "
-                f"labelled it; set score_metric to one of those that its images have: {known}"
+                "this training looks at scores (for its objective, its weights or its order), and the data does not "
+                f"say which metric labelled it; set score_metric to one of those that its images have: {known}"
             )
         metric = labelled_by[0]
-    return read_scores(data.records, metric, loss.calibrate)
+    return read_scores(data.records, metric, cast(Loss, config.loss).calibrate)
 
 
 def _announce(

@@ -3,6 +3,7 @@
 Order, noise, timesteps and dropout are functions of the step and need not be kept.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,15 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(run: Run, folder: Path, step: int) -> None:
-    """Write a checkpoint, of the state after `step` steps."""
+    """Write a checkpoint, of the state after `step` steps; raises ConfigError when its weights are not finite."""
+    import torch
+
+    sizes = torch._foreach_norm(list(run.parameters.values()), math.inf)
+    if not torch.stack(sizes).max().isfinite():
+        raise ConfigError(
+            f"after step {step} the weights are not finite, so nothing was saved: learning_rate="
+            f"{run.config.learning_rate:g} is too large"
+        )
     parts: dict[str, dict[str, Tensor]] = {
         "trained": {name: parameter.detach().cpu() for name, parameter in run.parameters.items()},
         "optimizer": {
@@ -51,6 +60,8 @@ def resume(run: Run, folder: Path) -> int:
     with torch.no_grad():
         for name, parameter in run.parameters.items():
             parameter.copy_(found.parts["trained"][name])
+            if f"{name}:step" not in found.parts["optimizer"]:  # no step was taken yet: fp16 skips the first ones
+                continue
             saved = {key: found.parts["optimizer"][f"{name}:{key}"] for key in ("step", *_MOMENTS)}
             # like the parameter in layout too (channels_last), or sums are taken in another order than before the stop
             moments = {key: torch.zeros_like(parameter).copy_(saved[key]) for key in _MOMENTS}

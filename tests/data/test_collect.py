@@ -174,7 +174,7 @@ def test_threads_keep_the_order_and_read_only_a_little_ahead():
     [
         (slice(0, 0), (96, 64), "mask: all black in the square that is trained on"),
         (slice(0, 8), (96, 64), "mask: all black in the square that is trained on"),
-        (slice(0, 96), (64, 64), "mask: not of the size of the chosen image"),
+        (slice(0, 96), (64, 64), "mask: not of the size of both images"),
         (slice(40, 48), (96, 64), None),
     ],
 )

@@ -155,5 +155,6 @@ def test_masked_errors_are_those_of_the_white_part_and_a_white_mask_changes_noth
     masked = denoising_errors(model, replace(batch, masks=left), reference=model.reference)
     half = replace(batch, latents=batch.latents[..., :4], noise=batch.noise[..., :4])
     expected = denoising_errors(model, half, reference=model.reference)
-    for name in ("policy", "reference", "drift", "cross"):
+    for name in ("policy", "reference", "cross"):
         torch.testing.assert_close(getattr(masked, name), getattr(expected, name))
+    torch.testing.assert_close(masked.drift, plain.drift)  # how far the policy has gone is a matter of the whole image

@@ -32,14 +32,26 @@ KINDS = {
 }
 
 
-def test_accumulated_micro_batches_equal_one_batch(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+@pytest.mark.parametrize(
+    "kind",
+    [
+        [],
+        ["loss.type=kto"],
+        ["score_gain_weighting=true", "score_metric=shade"],
+        ["safeguard_mu=0.9"],
+        ["reference.type=ema", "reference.ema_decay=0.5"],
+    ],
+)
+def test_accumulated_micro_batches_equal_one_batch(tiny_sd: Path, scored_pairs: Path, tmp_path: Path, kind: list[str]):
     """To float error, which beta (here 100) multiplies and which grows from step to step."""
     for size in (1, 2, 4):
-        overrides = [f"per_device_batch_size={size}", "loss.beta=100"]
-        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / str(size), *overrides))
+        overrides = [f"per_device_batch_size={size}", "loss.beta=100", "preview=null", *kind]
+        train.run(make_config(tiny_sd, scored_pairs, tmp_path / str(size), *overrides))
     runs = [read_metrics(tmp_path / str(size)) for size in (1, 2, 4)]
     for step, rows in enumerate(zip(*runs, strict=True)):
-        for key in ("loss", "grad_norm", "errors/chosen", "errors/reference_rejected"):
+        keys = {"loss", "grad_norm", "errors/chosen", "errors/reference_rejected"} & rows[0].keys()
+        assert all(row.keys() == rows[0].keys() for row in rows) and len(keys) >= 3
+        for key in keys:
             values = [row[key] for row in rows]
             assert values == pytest.approx([values[0]] * 3, rel=1e-4 if step == 0 else 1e-2), key
 
@@ -208,8 +220,11 @@ def test_a_kl_budget_ends_training_and_stays_ended(
         assert "above evaluation.max_kl: training ended" in capsys.readouterr().out
         assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
     assert json.loads((tmp_path / "manifest.json").read_text())["steps"] == 2
+    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["step-00000000", "step-00000002"]
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path, *settings[:2], "evaluation.max_kl=null"))
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings[:2]))
+    last = (tmp_path / name / "previews" / "step-00000006" / "00.png" for name in (".", "whole"))
+    assert len({path.read_bytes() for path in last}) == 1
     assert final_state(tmp_path) == final_state(tmp_path / "whole")
 
 
@@ -325,3 +340,49 @@ def test_a_disk_that_fills_during_a_save_leaves_the_old_checkpoint(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
     assert main(["train", str(tmp_path / "config.yaml")]) == 0
     assert final_state(tmp_path / "run") == final_state(tmp_path / "whole")
+
+
+def test_a_checkpoint_before_the_optimizers_first_step_is_continued(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    """As in fp16, whose scaler skips the first steps: the optimizer has no moments yet."""
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", "max_steps=2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.amp.GradScaler, "step", lambda self, optimizer: None)
+        train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "run", "max_steps=1"))
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "run", "max_steps=2"))
+    assert len(read_metrics(tmp_path / "run")) == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
+    config = make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=1", "learning_rate=1e39")
+    with pytest.raises(ConfigError, match=r"after step 1 the weights are not finite.*learning_rate=1e\+39"):
+        train.run(config)
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["loss.type=kto", "safeguard_mu=0.5"], "safeguard_mu is about the two images of a pair"),
+        (
+            ["loss.type=rank_dpo", "order=curriculum", "curriculum_steps=1"],
+            "order=curriculum is about the two images of a pair",
+        ),
+        (["loss.type=mapo", "reference.type=ema"], "reference.type=ema, and loss.type=mapo has no reference"),
+        (["score_metric=shade"], "score_metric=shade, and nothing here looks at scores"),
+        (["loss.type=capo"], "this training looks at scores.*set score_metric to one of those.*: shade"),
+        (["loss.type=capo", "score_metric=hue"], "the chosen image has no finite score 'hue'"),
+        (["loss.type=rank_dpo", "score_metric=shade"], r"no prompt has 4 distinct scored images \(loss.list_size\)"),
+        (["evaluation.max_kl=1"], "evaluation.max_kl is measured on held-out pairs, and there are none"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(
+    tiny_sd: Path, scored_pairs: Path, tmp_path: Path, settings: list[str], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        train.run(make_config(tiny_sd, scored_pairs, tmp_path / "run", *settings))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_curriculum_that_never_reaches_all_pairs_is_refused(tiny_sd: Path, scored_pairs: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"order=curriculum takes up all pairs after .* = 100 steps.*max_steps is 6"):
+        make_config(tiny_sd, scored_pairs, tmp_path, "order=curriculum")
