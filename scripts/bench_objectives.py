@@ -180,7 +180,7 @@ def make_table(folder: Path, seeds: list[int]) -> str:
         lines.append(
             f"| {name} | {scene.mean():+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f}) | {by_seed} | "
             f"{mean['accuracy']:.2f} | {mean['chosen_error']:+.1%} | {mean['rejected_error']:+.1%} | "
-            f"{mean['kl']:.2g} |"
+            f"{mean['kl']:.3g} |"
         )
     return "\n".join(lines) + "\n"
 
