@@ -83,7 +83,7 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
     if held:
         held_out = HeldOut(
             examples=form_examples(data.records, held, "pair", scores=scores, swap_labels=config.swap_labels),
-            prompts=[data.records[index].prompt for index in held],
+            prompts=[data.records[index].prompt.strip() for index in held],
             cache=latents,
             latent_shape=latent_shape,
             num_timesteps=config.evaluation.num_timesteps,
@@ -94,7 +94,7 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     parameters = model.trainable()
-    _announce(config, model, examples, len(held), sum(p.numel() for p in parameters.values()), dtype)
+    _announce(config, model, examples, held_out, sum(p.numel() for p in parameters.values()), dtype)
     optimizer, scaler = make_optimizer(config, parameters, model.device, dtype)
     return Run(
         config=config,
@@ -206,16 +206,16 @@ def _announce(
     config: TrainConfig,
     model: LoadedModel,
     examples: Sequence[Example],
-    num_held_out: int,
+    held_out: HeldOut | None,
     num_weights: int,
     dtype: "torch.dtype",
 ) -> None:
     loss = cast(Loss, config.loss)
-    held_out = f"{num_held_out} pairs are held out" if num_held_out else "no pairs are held out"
-    if not num_held_out and config.evaluation.share:
-        held_out += " (too few, or single images)"
+    apart = "no pairs are held out" + (" (too few, or single images)" if config.evaluation.share else "")
+    if held_out is not None:
+        apart = f"{len(held_out.examples)} pairs of {len(set(held_out.prompts))} prompts are held out"
     say(
-        f"train: {loss.type} on {len(examples)} {_UNITS[loss.unit]}, {held_out}; {num_weights:,} trained weights, "
+        f"train: {loss.type} on {len(examples)} {_UNITS[loss.unit]}, {apart}; {num_weights:,} trained weights, "
         f"{config.max_steps} steps of {config.global_batch_size} ({config.gradient_accumulation_steps} x "
         f"{config.per_device_batch_size}), {config.max_steps * config.global_batch_size / len(examples):.1f} epochs, "
         f"on {model.device.type} in {str(dtype).removeprefix('torch.')}"
