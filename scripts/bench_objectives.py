@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dpo, label_smoothing 0.1": {"loss.label_smoothing": 0.1},
     "dpo, learning rate 1e-5": {"learning_rate": 1e-5},
     "dpo, beta 500": {"loss.beta": 500},
+    "dpo, LoRA of rank 16, learning rate 1e-3": {"model.lora": {"rank": 16}, "learning_rate": 1e-3},
     "ipo": {},
     "ipo, beta 200": {"loss.beta": 200},
     "hinge": {},
@@ -139,8 +140,8 @@ def measure(folder: Path, name: str, seed: int, extra: list[str]) -> None:
         "seconds": time.monotonic() - began,
     }
     (place / "result.json").write_text(json.dumps(result))
-    for heavy in ("checkpoints", "unet", "previews"):
-        shutil.rmtree(place / "train" / heavy)
+    for heavy in ("checkpoints", "unet", "adapter", "previews"):
+        shutil.rmtree(place / "train" / heavy, ignore_errors=True)
     print(f"== {name}, seed {seed}: {np.mean(result['scene']):+.3f}, {result['seconds']:.0f} s", flush=True)
 
 
