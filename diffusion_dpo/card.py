@@ -74,12 +74,12 @@ tags: [diffusion-dpo, {loss["type"]}, {kind}]
 ---
 # {config.output_dir.name}
 
-{base}, tuned on {facts["num_pairs"]} preference pairs with {loss["type"]} ({what}) by
+{base}, tuned on {facts["num_pairs"]} rows of preference data with {loss["type"]} ({what}) by
 diffusion-dpo {__version__}.
 {example}
 | setting | value |
 |---|---|
-| pairs | {facts["num_pairs"]}, and {facts["num_held_out"]} held out |
+| rows | {facts["num_pairs"]}, and {facts["num_held_out"]} held out |
 | labelled by | {", ".join(facts["labelled_by"]) or "their source"} |
 | steps | {facts["steps"]} of {config.global_batch_size} |
 | learning rate | {config.learning_rate} |

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, cast
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, show, warn
 from diffusion_dpo.data import PairSource, collect
-from diffusion_dpo.data.examples import split_held_out
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish, write_json
 from diffusion_dpo.losses import Loss
@@ -26,7 +25,7 @@ from diffusion_dpo.train import train_step
 from diffusion_dpo.training import Run
 from diffusion_dpo.training.averaging import AveragedReference
 from diffusion_dpo.training.health import Health
-from diffusion_dpo.training.setup import make_optimizer, prepare, refuse_contradictions
+from diffusion_dpo.training.setup import hold_out, make_optimizer, prepare, refuse_contradictions
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +64,7 @@ def run(config: TrainConfig) -> Path:
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     data = collect.collect(cast(PairSource, config.data), max_broken_share=config.max_broken_share)
-    share, most = config.evaluation.share, config.evaluation.max_pairs
-    if not split_held_out(data.records, share=share, max_pairs=most, seed=config.seed)[1]:
+    if not hold_out(config, data)[1]:
         raise ConfigError(
             "no pairs are held out to judge the probes by: there are too few, or evaluation.share is 0, or the data "
             "are single images"

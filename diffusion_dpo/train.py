@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> Path:
         _write_text(config.output_dir / "config.yaml", dump(config))
         card.write_environment(config.output_dir / "environment.json")
         state = prepare(config, model, data, dtype)
-        state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         trained_to = _train(state, prompts)
         adapter = card.save_model(model, config.output_dir)
         num_held_out = len(state.held_out.examples) if state.held_out else 0
@@ -172,7 +172,7 @@ def _check_step_zero(run: Run, metrics: Mapping[str, float]) -> None:
     """Before the first update policy and reference are one function: the cheapest detector of a wrong reference."""
     if not run.objective.loss.needs_reference:
         return
-    gap = max(abs(value) for name, value in metrics.items() if name in ("rewards/chosen", "rewards/rejected"))
+    gap = max(abs(metrics.get(name, 0.0)) for name in ("rewards/chosen", "rewards/rejected"))
     if gap > _STEP_ZERO_TOLERANCE:
         raise ConfigError(
             f"policy and reference differ before the first step (rewards of {gap:.1g} instead of 0), so that training "

@@ -1,10 +1,10 @@
 """Every objective on the pocket world: same pairs, same number of denoised images, three seeds; a table for the docs.
 
-    python scripts/bench_objectives.py runs/objectives                 # all of it, about two hours on two cores
+    python scripts/bench_objectives.py runs/objectives                 # all of it, an hour or two on two cores
     python scripts/bench_objectives.py runs/objectives --only dpo ipo --seeds 0
 
 A seed decides the prompts, the candidates, the pairs (labelled by CLIP), the training and the held-out prompts. What
-is finished is kept, so the same command again goes on. The table replaces the one in docs/benchmarks/objectives.md.
+is finished is kept, so the same command again goes on. The whole table replaces that of docs/benchmarks/objectives.md.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from diffusion_dpo.settings import VERBS
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks" / "objectives.md"
 BEGIN, END = "<!-- the table: scripts/bench_objectives.py -->\n", "<!-- end of the table -->\n"
+SEEDS = [0, 1, 2]
 NUM_PROMPTS = 96
 IMAGES_PER_PROMPT = 2
 PAIRS_OF_IMAGES = {"global_batch_size": 32, "per_device_batch_size": 32}
@@ -82,17 +83,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=list(ROWS), help="rows of the table")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--set", nargs="*", default=[], help="settings on top, tried under the folder's name")
+    parser.add_argument("--seeds", nargs="*", type=int, default=SEEDS)
     args = parser.parse_args()
     for seed in args.seeds:
         folder = args.folder / f"seed-{seed}"
         make_data(folder, seed)
         for name in args.only:
-            measure(folder, name, seed, args.set)
+            measure(folder, name, seed)
     table = make_table(args.folder, args.seeds)
     print(table)
-    if DOCS.exists() and not args.set:
+    if (args.only, args.seeds) == (list(ROWS), SEEDS):
         before, _, rest = DOCS.read_text().partition(BEGIN)
         DOCS.write_text(before + BEGIN + table + END + rest.partition(END)[2])
 
@@ -122,7 +122,7 @@ def make_data(folder: Path, seed: int) -> None:
     draw(folder / "base", folder, seed)
 
 
-def measure(folder: Path, name: str, seed: int, extra: list[str]) -> None:
+def measure(folder: Path, name: str, seed: int) -> None:
     """Train one row of the table, draw held-out prompts, and keep what came of it."""
     place = place_of(folder, name)
     if (place / "result.json").exists():
@@ -131,7 +131,7 @@ def measure(folder: Path, name: str, seed: int, extra: list[str]) -> None:
     pairs = folder / ("pairs-random" if "random" in name else "pairs")
     settings = PAIRS_OF_IMAGES | COMMON | {"loss.type": name.partition(",")[0]} | ROWS[name]
     settings |= {"data.path": pairs, "seed": seed, "output_dir": place / "train", "cache_dir": folder / "cache"}
-    verb("train", settings, extra)
+    verb("train", settings)
     draw(place / "images", folder, seed, adapter_path=place / "train")
     lines = (place / "train" / "metrics.jsonl").read_text().splitlines()
     result = {
@@ -186,9 +186,9 @@ def make_table(folder: Path, seeds: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def verb(name: str, settings: dict[str, Any], extra: list[str] | None = None) -> None:
+def verb(name: str, settings: dict[str, Any]) -> None:
     overrides = [override(key, value) for key, value in settings.items() if value is not None or key == "model.lora"]
-    importlib.import_module(f"diffusion_dpo.{name}").run(load(VERBS[name], None, [*overrides, *(extra or [])]))
+    importlib.import_module(f"diffusion_dpo.{name}").run(load(VERBS[name], None, overrides))
 
 
 if __name__ == "__main__":

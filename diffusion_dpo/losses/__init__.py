@@ -53,7 +53,7 @@ class ImageErrors:
     reference: "Tensor | None"
     """(B, K)."""
     drift: "Tensor | None"
-    """(B, K): mean over latent elements of (policy prediction - reference prediction)^2, masked or not."""
+    """(B, K): mean over latent elements of (policy prediction - reference prediction)^2, whatever the mask."""
     cross: "Tensor | None"
     """(B,), for pairs: mean of the product of the policy's two residuals (prediction - target)."""
     timesteps: "Tensor"

@@ -2,7 +2,7 @@
 
 Notation of Diffusion-DPO (arXiv 2311.12908): the chosen image is x^w, the rejected one x^l. Both are noised with the
 same (t, epsilon), which cancels most of the variance of their difference; equation 14 writes two draws, its authors'
-code shares one, and with two the optimum is another (tests/test_analytic_optimum.py).
+code shares one, and with two the optimum is another (tests/training/test_analytic_optimum.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -66,24 +66,18 @@ def denoising_errors(
         with reference():
             reference_prediction = model.predict(noisy_latents, timesteps, conditioning)
     prediction = model.predict(noisy_latents, timesteps, conditioning)
-
+    size = len(batch.noise)
     masks = None if batch.masks is None else batch.masks.transpose(0, 1).flatten(0, 1)
-
-    def mean(values: "Tensor") -> "Tensor":
-        """From (K times B, C, h, w) to (B, K), within the masks."""
-        counted = values if masks is None else values * masks
-        return counted.flatten(1).mean(1).view(-1, len(batch.noise)).T
-
     residual = prediction - target
     reference_errors = drift = cross = None
     if reference_prediction is not None:
-        reference_errors = mean((reference_prediction - target).square())
-        drift = (prediction - reference_prediction).square().flatten(1).mean(1).view(-1, len(batch.noise)).T
+        reference_errors = masked_mean((reference_prediction - target).square(), masks).view(-1, size).T
+        drift = masked_mean((prediction - reference_prediction).square(), None).view(-1, size).T
     if batch.latents.shape[1] == 2:
         chosen, rejected = residual.detach().chunk(2)
-        cross = mean((chosen * rejected).repeat(2, 1, 1, 1))[:, 0]
+        cross = masked_mean(chosen * rejected, None if masks is None else masks[:size])
     return ImageErrors(
-        policy=mean(residual.square()),
+        policy=masked_mean(residual.square(), masks).view(-1, size).T,
         reference=reference_errors,
         drift=drift,
         cross=cross,
@@ -108,6 +102,11 @@ def add_shared_noise(model: "LoadedModel", batch: Batch) -> "tuple[Tensor, Tenso
     conditioning = {name: shared(value, num_images) for name, value in batch.conditioning.items()}
     noisy_latents = model.add_noise(latents, noise, timesteps)
     return noisy_latents, timesteps, conditioning, model.target(latents, noise, timesteps)
+
+
+def masked_mean(values: "Tensor", masks: "Tensor | None") -> "Tensor":
+    """Return the means over the elements of each of (N, C, h, w), (N,), within masks (N, 1, h, w) of mean 1."""
+    return (values if masks is None else values * masks).flatten(1).mean(1)
 
 
 def shared(values: "Tensor", num_images: int) -> "Tensor":

@@ -72,14 +72,14 @@ class HeldOut:
                 reference = self._reference[number].to(model.device)
                 found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
                 assert found.reference is not None and found.drift is not None
-                errors.append(torch.stack([found.policy, found.reference, found.drift]).cpu())
+                errors.append(torch.stack([found.policy, found.reference, found.drift]))
                 if self.objective is not None:
-                    losses.append(self.objective(found)[1].loss.cpu())
+                    losses.append(self.objective(found)[1].loss)
         shape = (3, len(self.examples), self.num_timesteps, 2)
-        policy, reference, drift = torch.cat(errors, 1).view(shape).double().numpy()
+        policy, reference, drift = torch.cat(errors, 1).cpu().view(shape).double().numpy()
         metrics = self._measure("eval", policy, reference)
         if losses:
-            loss = torch.cat(losses).view(shape[1:3]).double().numpy()
+            loss = torch.cat(losses).cpu().view(shape[1:3]).double().numpy()
             metrics |= self._mean("eval/loss", loss)
         for column, log_snr in enumerate(model.log_snr(self._timesteps(model).to(model.device)).tolist()):
             part = (slice(None), slice(column, column + 1))
@@ -87,7 +87,7 @@ class HeldOut:
         return metrics | {"eval/kl": self._kl(model, drift)}
 
     def _batch(self, model: LoadedModel, start: int) -> Batch:
-        """Return the cells of the grid from `start` on; a cell is a pair at a timestep."""
+        """Return the cells of the grid from `start` on: a pair at a timestep, whose number is the visit's epoch."""
         cells = range(start, min(start + self.batch_size, len(self.examples) * self.num_timesteps))
         visits = [Visit(*divmod(cell, self.num_timesteps)) for cell in cells]
         examples = [self.examples[visit.index] for visit in visits]

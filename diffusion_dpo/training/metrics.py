@@ -55,14 +55,16 @@ class Totals:
 def _cells(errors: ImageErrors, result: ImageLoss, weights: "Tensor") -> "dict[str, tuple[Tensor, Tensor]]":
     """Return for every metric its values, 0 where they do not count, and which count; named as in TRL.
 
-    Of a ranking, chosen is the best and rejected the worst image.
+    Of a ranking, chosen is the best and rejected the worst image; an image that tied is neither.
     """
     ones = errors.policy.new_ones(len(errors.policy))
     if errors.policy.shape[1] > 1:
         roles = {"chosen": (0, ones), "rejected": (-1, ones)}
     else:
-        liked = (errors.labels[:, 0] >= 0.5).to(ones.dtype)
-        roles = {"chosen": (0, liked), "rejected": (0, 1 - liked)}
+        liked, disliked = (
+            (side > 0).to(ones.dtype) for side in (errors.labels[:, 0] - 0.5, 0.5 - errors.labels[:, 0])
+        )
+        roles = {"chosen": (0, liked), "rejected": (0, disliked)}
     cells = {"loss": (weights * result.loss, ones)}
     images = {"rewards/": result.rewards, "errors/": errors.policy}
     if errors.reference is not None:

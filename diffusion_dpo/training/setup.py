@@ -56,12 +56,16 @@ def refuse_contradictions(config: TrainConfig) -> None:
         raise ConfigError(f"reference.type=ema, and loss.type={loss.type} has no reference; leave it out")
 
 
+def hold_out(config: TrainConfig, data: Collected) -> tuple[list[int], list[int]]:
+    """Return the indices of the pairs to train on and of those held out."""
+    share, max_pairs = config.evaluation.share, config.evaluation.max_pairs
+    return split_held_out(data.records, share=share, max_pairs=max_pairs, seed=config.seed)
+
+
 def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype") -> Run:
     """Encode what is not cached, and set up the optimizer: everything up to the first step."""
     loss = cast(Loss, config.loss)
-    train_on, held = split_held_out(
-        data.records, share=config.evaluation.share, max_pairs=config.evaluation.max_pairs, seed=config.seed
-    )
+    train_on, held = hold_out(config, data)
     if config.evaluation.max_kl is not None and not held:
         raise ConfigError(
             "evaluation.max_kl is measured on held-out pairs, and there are none: raise evaluation.share, bring more "
@@ -89,7 +93,7 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
             num_timesteps=config.evaluation.num_timesteps,
             batch_size=config.per_device_batch_size,
             seed=config.seed,
-            objective=objective if objective.loss.unit == "pair" else None,
+            objective=objective if loss.unit == "pair" else None,
         )
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -334,11 +334,12 @@ def test_the_kl_divergence_is_that_of_the_two_gaussians(tmp_path: Path, predicti
         assert kl == pytest.approx(within_schedule * size**2 / 2, rel=1e-3)
 
 
-def test_the_default_grid_is_coarse_and_errs_on_the_safe_side(tmp_path: Path):
-    """Eight timesteps overestimate the divergence of a shift by a sixth: a budget is never exceeded unseen."""
-    run = prepared(tmp_path)
+@pytest.mark.parametrize(("num_timesteps", "ratio"), [(8, 1.17), (16, 1.06)])
+def test_the_default_grid_is_coarse_and_errs_on_the_safe_side(tmp_path: Path, num_timesteps: int, ratio: float):
+    """The default eight timesteps overestimate the divergence of a shift by a sixth: no budget is exceeded unseen."""
+    run = prepared(tmp_path, f"evaluation.num_timesteps={num_timesteps}")
     shift(run, 1.0)
-    assert evaluate(run)["eval/kl"] == pytest.approx(1.17 / 2, rel=0.01)
+    assert evaluate(run)["eval/kl"] == pytest.approx(ratio / 2, rel=0.01)
 
 
 def test_the_kl_divergence_does_not_depend_on_where_the_model_predicts(tmp_path: Path):

@@ -103,10 +103,10 @@ LIKED = torch.tensor([1.0, 0, 0, 1, 0.5, 0.3, 0.7, 0, 0, 1, 1, 0])[:, None]
 def test_single_images_count_where_they_belong(sizes: list[int]):
     errors, result = example_errors(1, labels=LIKED), results(1)
     metrics, _ = total(errors, result, sizes)
-    liked = LIKED[:, 0] >= 0.5
-    assert liked.sum() == 6
+    liked, disliked = LIKED[:, 0] > 0.5, LIKED[:, 0] < 0.5
+    assert (liked.sum(), disliked.sum()) == (5, 6)  # and one that tied, which is neither
     found = {"loss": mean(weights() * result.loss), "grad_norm": 2.5}
-    for role, where in (("chosen", liked), ("rejected", ~liked)):
+    for role, where in (("chosen", liked), ("rejected", disliked)):
         found[f"rewards/{role}"] = mean(result.rewards[where])
         found[f"errors/{role}"] = mean(errors.policy[where])
         found[f"errors/reference_{role}"] = mean(errors.reference[where])
