@@ -134,6 +134,9 @@ class Weighting(Config):
     """Where errors are measured with constant weights: where the model predicts, or converted to epsilon or x_0."""
     timestep_range: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.0, 1.0)
     """Part of the noise schedule that timesteps are drawn from; 0 is the image, 1 is noise."""
+    num_timesteps: int | None = Field(None, ge=1)
+    """Draw only from so many evenly spaced timesteps, pure noise among them: those that a distilled model (Turbo) was
+    made for, usually 4; null draws from all."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -141,6 +144,8 @@ class Weighting(Config):
             raise ValueError(
                 f"timesteps={self.timesteps} says itself in which space errors count; leave error_space at native"
             )
+        if self.num_timesteps is not None and self.timestep_range != (0.0, 1.0):
+            raise ValueError("num_timesteps names its timesteps itself; leave timestep_range at [0.0, 1.0]")
         low, high = self.timestep_range
         if low >= high:
             raise ValueError(f"timestep_range must rise, not go from {low:g} to {high:g}")
@@ -166,8 +171,12 @@ class Regularizers(Config):
 class Reference(Config):
     """What the policy is measured against and held to."""
 
-    type: Literal["auto", "ema"] = "auto"
-    """auto: the model as it was before training. ema: a running average of the policy, which follows it slowly."""
+    type: Literal["auto", "frozen_copy", "cached", "ema"] = "auto"
+    """auto: the model as it was before training, as LoRA with the adapter left out, else as a frozen copy. frozen_copy:
+    a copy in either case. cached: its errors, computed once for num_draws draws of noise and timestep per pair, so that
+    no step asks it. ema: a running average of the policy, which follows it slowly."""
+    num_draws: int = Field(4, ge=1)
+    """Draws per pair of cached; epoch e repeats draw e mod num_draws. More than there are epochs changes nothing."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Share of the average that is kept at every step of ema."""
 
@@ -219,8 +228,10 @@ class TrainConfig(Config):
     """Steps per stage; the last one, with all pairs, goes on to the end."""
     evaluation: Evaluation = Evaluation()
     """Held-out pairs."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw_8bit keeps its state in 8 bits (cuda; extra `8bit`). adafactor keeps almost none for linear layers."""
     learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate of AdamW. For Stable Diffusion 1.5: 1e-5 for LoRA; full fine-tuning at batch 2048: 2e-5."""
+    """Peak learning rate. For Stable Diffusion 1.5: 1e-5 for LoRA; full fine-tuning at batch 2048: 2e-5."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0; it is constant afterwards."""
     max_steps: int = Field(200, ge=1)
@@ -230,25 +241,36 @@ class TrainConfig(Config):
     per_device_batch_size: int = Field(4, ge=1)
     """Pairs per forward pass; less needs less memory."""
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW weight decay."""
+    """Decoupled weight decay."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """AdamW averaging coefficients."""
     adam_epsilon: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient is scaled down to this norm."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a running average of the trained weights, with this share of it kept at every step, and evaluate, preview
+    and save that instead of the last weights; null: off."""
     prompt_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of pairs trained with the empty prompt, so that guidance keeps working; one draw per pair."""
     resolution_px: int | None = Field(None, ge=32)
     """Side of the square training images; null takes the model's own."""
+    aspect_ratio_buckets: bool = False
+    """Train on images of other shapes, too: each pair in the bucket nearest to its shape, of the area of
+    resolution_px squared at most. Both images of a pair are in one bucket; a step takes its pairs from one."""
+    bucket_step_px: int = Field(64, ge=8)
+    """Sides of buckets are multiples of this."""
     random_flip: bool = False
     """Mirror half of the pairs, both images alike. Wrong where left and right matter."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides the order, the noise, the timesteps and the initial adapter."""
     mixed_precision: Precision = "auto"
     """auto is bf16 or fp16 on cuda, fp32 elsewhere. Trained weights are float32 in any case."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about a quarter slower, several times less memory."""
+    gradient_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass: about a quarter slower, several times less memory. selective: only
+    in the blocks of the highest resolution, which hold most of them."""
+    compile: bool = False
+    """Compile the repeated blocks of the denoiser (torch.compile): a slower start, then faster steps on a GPU."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
     dataloader_num_workers: int = Field(0, ge=0)

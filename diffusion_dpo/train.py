@@ -35,6 +35,7 @@ _NOT_IDENTITY: Any = {
     "max_steps": True,
     "per_device_batch_size": True,
     "gradient_checkpointing": True,
+    "compile": True,
     "device": True,
     "mixed_precision": True,  # the resolved dtype is recorded instead
     "dataloader_num_workers": True,
