@@ -172,8 +172,8 @@ class Reference(Config):
     """What the policy is measured against and held to."""
 
     type: Literal["auto", "frozen_copy", "cached", "ema"] = "auto"
-    """auto: the model as it was before training, as LoRA with the adapter left out, else as a frozen copy. frozen_copy:
-    a copy in either case. cached: its errors, computed once for num_draws draws of noise and timestep per pair, so that
+    """auto: the model as it was before training: with a LoRA left out, otherwise as a frozen copy. frozen_copy: as a
+    copy in either case. cached: its errors, computed once for num_draws draws of noise and timestep per pair, so that
     no step asks it. ema: a running average of the policy, which follows it slowly."""
     num_draws: int = Field(4, ge=1)
     """Draws per pair of cached; epoch e repeats draw e mod num_draws. More than there are epochs changes nothing."""
