@@ -36,6 +36,11 @@ def warn(text: str) -> None:
     _console.print(f"warning: {text}", style="yellow", markup=False)
 
 
+def silence() -> None:
+    """Print nothing from now on: another process of the same run speaks."""
+    _console.quiet = True
+
+
 class _Rate(ProgressColumn):
     def __init__(self, unit: str) -> None:
         super().__init__()
@@ -48,7 +53,7 @@ class _Rate(ProgressColumn):
 @contextmanager
 def progress(description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """Show a bar; yields a function `advance(count=1, note="")`. Without a terminal, print a line now and then."""
-    if _console.is_terminal:
+    if _console.is_terminal and not _console.quiet:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.processes import told_to_use_cpu
 
 if TYPE_CHECKING:
     import torch
@@ -13,13 +14,15 @@ def pick_device(name: str) -> "torch.device":
     import torch
 
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if told_to_use_cpu() and name == "auto":
+        name = "cpu"
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     elif not available[name]:
         raise ConfigError(
             f"device is {name!r}, but torch {torch.__version__} sees none here; `diffusion-dpo doctor` says more"
         )
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":

@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a manifest: it holds a {type(data).__name__}")
     return data
+
+
+def settle(folder: Path, facts: Mapping[str, Any], content: str) -> None:
+    """Create a folder of a cache and write the `facts` that it is named after; or see that they are still those.
+
+    Raises ConfigError, naming what differs, when the folder holds what was made from something else: somebody renamed
+    or copied it.
+    """
+    facts = json.loads(json.dumps(facts))
+    path = folder / "facts.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError):
+        found = None  # cut off; what the folder holds is checked file by file
+    if not isinstance(found, dict):
+        write_json(path, facts)
+        return
+    changed = [key for key in sorted({*facts, *found}) if facts.get(key) != found.get(key)]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{folder} holds {content} for other settings or weights ({key}: {found.get(key)!r} there, "
+            f"{facts.get(key)!r} in this run): remove it, or set cache_dir to another folder"
+        )
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from diffusion_dpo.models import DiffusionModel
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.train import train_step
 from diffusion_dpo.training import Run
-from diffusion_dpo.training.averaging import AveragedReference
+from diffusion_dpo.training.averaging import RunningAverage
 from diffusion_dpo.training.health import Health
-from diffusion_dpo.training.setup import hold_out, make_optimizer, prepare, refuse_contradictions
+from diffusion_dpo.training.optimizers import make_optimizer
+from diffusion_dpo.training.setup import hold_out, make_scaler, prepare, refuse_contradictions
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,8 @@ def _probe_all(run: Run, dtype: "torch.dtype") -> Iterator[Probe]:
                         probe.health.watch(train_step(probe, step, batches))
                         advance()
                 assert probe.held_out is not None
-                found = probe.held_out.evaluate(run.model)
+                with probe.as_result():
+                    found = probe.held_out.evaluate(run.model)
                 metrics = found if all(map(math.isfinite, found.values())) else {}
             except ConfigError as error:
                 warn(f"beta {beta}, learning_rate {rate:g}: {error}")
@@ -137,7 +139,6 @@ def _begin(run: Run, start: "dict[str, Tensor]", beta: float | None, rate: float
             parameter.copy_(start[name])
     loss = cast(Loss, run.config.loss.model_copy(update={} if beta is None else {"beta": beta}))
     config = run.config.model_copy(update={"loss": loss, "learning_rate": rate})
-    optimizer, scaler = make_optimizer(config, run.parameters, run.model.device, dtype)
     objective = replace(run.objective, loss=loss)
     assert run.held_out is not None
     return replace(
@@ -146,9 +147,10 @@ def _begin(run: Run, start: "dict[str, Tensor]", beta: float | None, rate: float
         objective=objective,
         held_out=replace(run.held_out, objective=objective if run.held_out.objective else None),
         reader=replace(run.reader, config=config),
-        optimizer=optimizer,
-        scaler=scaler,
-        averaged=run.averaged and AveragedReference(run.parameters, config.reference.ema_decay),
+        optimizer=make_optimizer(config, run.parameters, run.model.device),
+        scaler=make_scaler(run.model.device, dtype),
+        averaged=run.averaged and RunningAverage(run.parameters, config.reference.ema_decay),
+        ema=run.ema and RunningAverage(run.parameters, cast(float, config.ema_decay)),
         health=Health(),
     )
 

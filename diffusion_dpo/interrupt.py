@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def install() -> None:
 
 @contextmanager
 def deferred() -> Iterator[Stop]:
-    """Within it, the first signal only sets `stop.requested`; a second one raises Interrupted at once.
+    """Within it, the first signal only sets `stop.requested`; one after that raises Interrupted at once.
+
+    Not within a second of the first: a launcher passes on what the terminal has sent to everyone already.
 
         with interrupt.deferred() as stop:
             for step in ...:
@@ -61,11 +64,14 @@ def deferred() -> Iterator[Stop]:
     A request that the block has not answered by its end is raised there, so no signal is lost.
     """
     stop = Stop()
+    first = 0.0
 
     def note(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
+        nonlocal first
+        if not stop.requested:
+            stop.signal_number, first = number, time.monotonic()
+        elif time.monotonic() - first > 1:
             raise Interrupted(number)
-        stop.signal_number = number
 
     before = {n: signal.getsignal(n) for n in _SIGNALS if _in_main_thread() and signal.getsignal(n) != signal.SIG_IGN}
     for number in before:

@@ -1,8 +1,16 @@
 """The processes of one run, as `accelerate launch` or `torchrun` start them, and what they have to agree on."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Self
+
+from diffusion_dpo import console
+from diffusion_dpo.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -11,6 +19,35 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    @classmethod
+    def join(cls, device: str) -> Self:
+        """Meet the others that the launcher has started, if any; from then on only the main process prints.
+
+        `device` is the setting; every process takes the GPU of its local rank.
+        """
+        import torch
+
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        processes = cls(int(os.environ["RANK"]), count)
+        if not processes.is_main:
+            console.silence()
+        on_cuda = device in ("auto", "cuda") and torch.cuda.is_available() and not told_to_use_cpu()
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # main may check and encode data for hours while the others wait; a process that dies ends all at once anyway
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(days=7))
+        return processes
+
+    def leave(self) -> None:
+        """Part from the others, once all are done."""
+        if self.count > 1:
+            import torch.distributed
+
+            self.wait()
+            torch.distributed.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -37,3 +74,55 @@ class Processes:
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
         """Return this process's part of work that all have before them: every item is in exactly one part."""
         return items[self.rank :: self.count]
+
+    def sum(self, tensor: "Tensor") -> "Tensor":
+        """Return the sum over all processes of a tensor that has the same shape in each."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def highest(self, number: int) -> int:
+        """Return the highest of the processes' numbers."""
+        if self.count == 1:
+            return number
+        import torch
+        import torch.distributed
+
+        box = torch.tensor(number)
+        torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+        return int(box)
+
+
+def told_to_use_cpu() -> bool:
+    """Whether the launcher was started with --cpu."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of its run that fails; the others' failures follow from that one."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return int(store.add("diffusion_dpo/failures", 1)) == 1
+    except RuntimeError:  # whoever kept the store is gone
+        return True
+
+
+def explain_lost_process(error: Exception) -> ConfigError | None:
+    """Return what to tell the user when an error says that another process is gone; None for every other error."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    if isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "peer")):
+        return ConfigError(
+            "another process of this run has died, so this one stops; if it could say why, that is above. Checkpoints "
+            "are as they were: the same command continues from the last one"
+        )
+    return None

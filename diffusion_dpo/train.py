@@ -6,11 +6,10 @@ dropout are functions of (seed, epoch, pair), so the state of a run is its weigh
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusion_dpo import card, interrupt
 from diffusion_dpo.config import ConfigError, dump
@@ -19,16 +18,21 @@ from diffusion_dpo.data import PairSource, collect
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish
-from diffusion_dpo.models import DiffusionModel
+from diffusion_dpo.models import DiffusionModel, LoadedModel
+from diffusion_dpo.processes import Processes, explain_lost_process
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.tracking import Tracker
 from diffusion_dpo.training import Run
 from diffusion_dpo.training.errors import Batch, denoising_errors
 from diffusion_dpo.training.evaluation import progress_note
 from diffusion_dpo.training.metrics import Totals, refuse_not_finite
+from diffusion_dpo.training.parallel import gather, whole
 from diffusion_dpo.training.previews import preview_if_due
-from diffusion_dpo.training.setup import prepare, refuse_contradictions
+from diffusion_dpo.training.setup import prepare, refuse_contradictions, refuse_uneven
 from diffusion_dpo.training.state import resume, save
+
+if TYPE_CHECKING:
+    import torch
 
 # What may change between two runs of one command without making it another run.
 _NOT_IDENTITY: Any = {
@@ -53,13 +57,26 @@ _MAX_PROMPT_HASHES = 100_000
 
 def run(config: TrainConfig) -> Path:
     """Train, or continue, or find that nothing is left to do; return the folder of the adapter or full UNet."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("train runs in one process, and WORLD_SIZE is above 1; start it without a launcher")
     refuse_contradictions(config)
+    processes = Processes.join(config.device)
+    refuse_uneven(config, processes)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
-    source = cast(PairSource, config.data)
     model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
+    try:
+        adapter = _run(config, model, dtype, processes)
+    except RuntimeError as error:
+        raise explain_lost_process(error) or error from error
+    processes.leave()
+    say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
+    say(f"next: {card.compare_command(config)}")
+    return adapter
+
+
+def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processes: Processes) -> Path:
+    source = cast(PairSource, config.data)
+    if not processes.is_main:
+        processes.wait()  # until the main process has checked the data and taken the folder
     data = collect.collect(source, max_broken_share=config.max_broken_share)
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
@@ -69,13 +86,17 @@ def run(config: TrainConfig) -> Path:
         "data": {**config.data.model_dump(mode="json"), "content": data.fingerprint},
     }
     prompts = [record.prompt for record in data.records]
-    with claim(config.output_dir, "train", identity):
-        _write_text(config.output_dir / "config.yaml", dump(config))
-        card.write_environment(config.output_dir / "environment.json")
-        state = prepare(config, model, data, dtype)
+    with claim(config.output_dir, "train", identity) if processes.is_main else nullcontext():
+        if processes.is_main:
+            _write_text(config.output_dir / "config.yaml", dump(config))
+            card.write_environment(config.output_dir / "environment.json")
+            processes.wait()
+        state = prepare(config, model, data, dtype, processes)
         state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         trained_to = _train(state, prompts)
-        adapter = card.save_model(model, config.output_dir)
+        with state.as_result():
+            gather(state)
+            adapter = card.save_model(model, config.output_dir) if processes.is_main else config.output_dir
         num_held_out = len(state.held_out.examples) if state.held_out else 0
         facts = {
             "steps": trained_to,
@@ -85,26 +106,25 @@ def run(config: TrainConfig) -> Path:
             "labelled_by": source.labelled_by(),
             "prompt_hashes": _prompt_hashes(prompts),
         }
-        card.write_card(config, adapter, facts)
-        finish(config.output_dir, "train", identity, **facts)
-    say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
-    say(f"next: {card.compare_command(config)}")
+        if processes.is_main:
+            card.write_card(config, adapter, facts)
+            finish(config.output_dir, "train", identity, **facts)
     return adapter
 
 
 def _train(run: Run, prompts: Sequence[str]) -> int:
     """Take the steps that are left, with evaluations, previews and checkpoints; return the step that was reached."""
-    config = run.config
+    config, processes = run.config, run.processes
     folder = config.output_dir / "checkpoints"
     done = first = resume(run, folder)
     if first >= config.max_steps:
         say(f"{config.output_dir} is trained to step {first} already; raise max_steps to go on")
     elif first:
         say(f"continuing after step {first} of {config.max_steps}")
-    preview_if_due(config, run.model, prompts, first, is_last=first >= config.max_steps or run.beyond_budget)
+    preview_if_due(run, prompts, first, is_last=first >= config.max_steps or run.beyond_budget)
     with (
         interrupt.deferred() as stop,
-        Tracker(config.output_dir, first + 1) as tracker,
+        Tracker(config.output_dir, first + 1) if processes.is_main else nullcontext() as tracker,
         progress("train", config.max_steps, "steps", done=first) as advance,
         closing(run.reader.stream(first)) as batches,
     ):
@@ -116,21 +136,25 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
             if step == 0:
                 _check_step_zero(run, metrics)
             if run.held_out and (done % config.evaluation.every_steps == 0 or done == config.max_steps):
-                metrics |= run.held_out.evaluate(run.model)
+                with run.as_result():
+                    metrics |= run.held_out.evaluate(run.model, processes)
                 run.kl = metrics["eval/kl"]
                 say(f"step {done}, held-out pairs: {progress_note(metrics)}")
-            tracker.log(done, metrics)
+            if tracker is not None:
+                tracker.log(done, metrics)
             for alarm in run.health.watch(metrics, relative=run.objective.loss.needs_reference):
                 warn(f"step {done}: {alarm}")
             advance(1, _note(metrics))
             last = done == config.max_steps or run.beyond_budget
-            if done % config.checkpointing_steps == 0 or last or stop.requested:
-                tracker.sync()
+            signal_number = processes.highest(stop.signal_number or 0)
+            if done % config.checkpointing_steps == 0 or last or signal_number:
+                if tracker is not None:
+                    tracker.sync()
                 save(run, folder, done)
-            if stop.requested:
+            if signal_number:
                 say(f"stopped after step {done}, which is saved; the same command continues there")
-                raise stop.exception
-            preview_if_due(config, run.model, prompts, done, is_last=last)
+                raise interrupt.Interrupted(signal_number)
+            preview_if_due(run, prompts, done, is_last=last)
     if run.beyond_budget:
         say(f"the KL divergence from the reference, {run.kl:.3g} nats, is above evaluation.max_kl: training ended")
     return done
@@ -150,22 +174,26 @@ def train_step(run: Run, step: int, batches: Iterator[Batch]) -> dict[str, float
     for group in run.optimizer.param_groups:
         group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
     run.optimizer.zero_grad(set_to_none=True)
-    totals = Totals()
-    for _ in range(config.gradient_accumulation_steps):
-        batch = next(batches).to(run.model.device)
-        errors = denoising_errors(run.model, batch, reference=run.reference, baseline=run.health.baseline)
-        weighted, result = run.objective(errors)
-        loss = (batch.weights * result.loss).sum() / config.global_batch_size
-        run.scaler.scale(loss).backward()
+    totals = Totals(run.processes)
+    num_micro_batches = run.reader.num_micro_batches
+    for number in range(num_micro_batches):
+        with run.accumulating(number == num_micro_batches - 1):
+            batch = next(batches).to(run.model.device)
+            errors = denoising_errors(run.model, batch, reference=run.reference, baseline=run.health.baseline)
+            weighted, result = run.objective(errors)
+            # the gradients of several processes are averaged
+            loss = (batch.weights * result.loss).sum() * run.processes.count / config.global_batch_size
+            run.scaler.scale(loss).backward()
         totals.add(weighted, result, batch.weights)
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm))
     metrics, examples = totals.fetch(grad_norm)
     refuse_not_finite(run, step, metrics, examples)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.averaged is not None:
-        run.averaged.update()
+    for average in (run.averaged, run.ema):
+        if average is not None:
+            average.update()
     return metrics | {"learning_rate": run.optimizer.param_groups[0]["lr"]}
 
 

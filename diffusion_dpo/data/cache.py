@@ -58,6 +58,11 @@ class LatentCache:
         self._open: dict[str, Any] = {}
         self._is_masked = "masks" in self._file("pairs-00000").keys()  # noqa: SIM118 - a safetensors handle, no dict
 
+    @property
+    def name(self) -> str:
+        """A hash of everything that decides the content."""
+        return self._folder.name
+
     def latents(self, images: Sequence[tuple[int, int]], flip: Sequence[bool]) -> "Tensor":
         """Return the latents (N, C, h, w), float32, of images, each named by its pair and its side: 0 is chosen."""
         import torch

@@ -7,8 +7,9 @@ nor where a run was stopped changes which image meets which noise.
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,41 +26,86 @@ class Visit:
     epoch: int
 
 
-@functools.lru_cache(maxsize=2)
-def global_batch(
-    seed: int,
-    num_examples: int,
-    global_batch_size: int,
-    step: int,
-    *,
-    num_stages: int = 1,
-    steps_per_stage: int = 1,
-) -> tuple[Visit, ...]:
-    """Return the visits of an optimizer step (from 0). Epochs follow one another without a gap or a short batch.
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Which examples every optimizer step trains on. Epochs follow one another without a gap or a short batch.
 
     With `num_stages` above 1, stage k of n draws from the first k / n of the examples only, which is a curriculum if
     they are sorted; the last stage has all of them and no end.
+
+    With several `groups` (images of one shape each), every step takes its examples from one of them, each group gets
+    its turn as often as its size says, evenly spread, and has epochs of its own.
     """
-    first_step = first_epoch = 0
-    pool = num_examples
-    for stage in range(1, num_stages):
-        pool = -(-num_examples * stage // num_stages)
-        if step < first_step + steps_per_stage:
-            break
-        first_step += steps_per_stage
-        first_epoch += -(-steps_per_stage * global_batch_size // pool)
-        pool = num_examples
-    start = (step - first_step) * global_batch_size
-    visits = []
-    for position in range(start, start + global_batch_size):
-        epoch = first_epoch + position // pool
-        visits.append(Visit(int(_order(seed, epoch, pool)[position % pool]), epoch))
-    return tuple(visits)
+
+    seed: int
+    groups: Sequence[np.ndarray]
+    """The indices of the examples, by group; together all of them."""
+    global_batch_size: int
+    num_stages: int = 1
+    steps_per_stage: int = 1
+    _orders: dict[int, dict[int, np.ndarray]] = field(default_factory=dict)
+    """The last permutations that were needed: by group, then by epoch."""
+
+    def visits(self, step: int) -> tuple[Visit, ...]:
+        """Return the visits of an optimizer step (from 0)."""
+        indices, epochs = self.batch(step)
+        return tuple(Visit(int(index), int(epoch)) for index, epoch in zip(indices, epochs, strict=True))
+
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same as arrays: indices of examples, and the epoch of each."""
+        group, turn = (0, step) if len(self.groups) == 1 else _turn(self.seed, tuple(map(len, self.groups)), step)
+        members = self.groups[group]
+        first_turn = first_epoch = 0
+        pool = len(members)
+        for stage in range(1, self.num_stages):
+            pool = -(-len(members) * stage // self.num_stages)
+            if turn < first_turn + self.steps_per_stage:
+                break
+            first_turn += self.steps_per_stage
+            first_epoch += -(-self.steps_per_stage * self.global_batch_size // pool)
+            pool = len(members)
+        start = (turn - first_turn) * self.global_batch_size
+        epochs, places = np.divmod(np.arange(start, start + self.global_batch_size), pool)
+        epochs += first_epoch
+        indices = np.empty(self.global_batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            indices[of_epoch] = members[self._order(group, int(epoch), pool)[places[of_epoch]]]
+        return indices, epochs
+
+    def _order(self, group: int, epoch: int, num_examples: int) -> np.ndarray:
+        known = self._orders.setdefault(group, {})
+        if epoch not in known:
+            for old in [other for other in known if other < epoch - 1]:
+                del known[old]
+            key = [self.seed, epoch, group] if group else [self.seed, epoch]
+            known[epoch] = np.random.default_rng(key).permutation(np.arange(num_examples, dtype=np.int32))
+        return known[epoch]
 
 
-@functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+def _turn(seed: int, sizes: tuple[int, ...], step: int) -> tuple[int, int]:
+    """Return which group has a step, and how many steps it had before."""
+    groups, turns = _turns(seed, sizes, 1 << (step + len(sizes) + 1).bit_length())
+    return int(groups[step]), int(turns[step])
+
+
+@functools.lru_cache(maxsize=2)
+def _turns(seed: int, sizes: tuple[int, ...], horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the groups of the first steps, `horizon` - len(sizes) of them at least, and the count of each so far.
+
+    The k-th turn of a group with the share w of the examples is at the time (k + phase) / w; turns are taken in the
+    order of their times. A longer horizon has the same beginning.
+    """
+    phases = np.random.default_rng([seed, len(sizes)]).random(len(sizes))
+    times, groups, turns = [], [], []
+    for group, (size, phase) in enumerate(zip(sizes, phases, strict=True)):
+        share = size / sum(sizes)
+        number = np.arange(max(0, math.ceil(horizon * share - phase)))
+        times.append((number + phase) / share)
+        groups.append(np.full(len(number), group))
+        turns.append(number)
+    order = np.argsort(np.concatenate(times), kind="stable")
+    return np.concatenate(groups)[order], np.concatenate(turns)[order]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Model families behind one interface: what the training loop needs of a diffusion model, and nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +45,8 @@ class LoadedModel(Protocol):
     """Hash of what the reference computes: the weights that training starts from, and the noise schedule."""
     encoder_hash: str
     """Hash of all that encodes images and prompts, weights and settings: the key of the latent cache."""
+    reference_needs_copy: bool = False
+    """Whether `reference()` is the weights as they are now until `freeze_copy` was called."""
     pipeline: "DiffusionPipeline"
     """The same weights as a pipeline, for previews."""
 
@@ -79,6 +81,12 @@ class LoadedModel(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within it, `predict` is the frozen reference and records no gradient. Backward never runs inside."""
+
+    def freeze_copy(self) -> None:
+        """From now on let `reference()` be a copy of what it is now."""
+
+    def wrap_policy(self, wrap: "Callable[[torch.nn.Module], torch.nn.Module]") -> None:
+        """From now on predict as the policy through `wrap(denoiser)`."""
 
     def trainable(self) -> dict[str, "torch.nn.Parameter"]:
         """Return the parameters that are trained, by name, float32."""

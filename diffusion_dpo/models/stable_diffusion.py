@@ -120,11 +120,19 @@ class LoadedStableDiffusion(LoadedModel):
         if settings.lora is None:
             if self._start == "lora":
                 adapters.merge(self.unet)
-            self._frozen_unet = copy.deepcopy(self.unet)
             self.unet.requires_grad_(True)
         else:
             self._add_lora(settings.lora, seed)
         self._lora_layers = list(adapters.lora_layers(self.unet).values())
+        self.reference_needs_copy = self._full = settings.lora is None
+        self._policy = self.unet
+
+    def freeze_copy(self):
+        frozen = copy.deepcopy(self.unet)
+        self._frozen_unet = frozen.requires_grad_(False)
+
+    def wrap_policy(self, wrap):
+        self._policy = wrap(self.unet)
 
     def _add_lora(self, lora: Lora, seed: int) -> None:
         import torch
@@ -205,7 +213,9 @@ class LoadedStableDiffusion(LoadedModel):
         import torch
 
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.unet(noisy_latents.contiguous(memory_format=torch.channels_last), timesteps, **conditioning)
+            output = self._policy(
+                noisy_latents.contiguous(memory_format=torch.channels_last), timesteps, **conditioning
+            )
         return output.sample.float()
 
     @contextmanager
@@ -214,15 +224,17 @@ class LoadedStableDiffusion(LoadedModel):
         import torch
 
         with torch.no_grad():
-            if self._frozen_unet is None:
+            if self._frozen_unet is None and self._full:
+                yield
+            elif self._frozen_unet is None:
                 with adapters.left_out(self._lora_layers, _TRAINED):
                     yield
             else:
-                policy, self.unet = self.unet, self._frozen_unet
+                policy, self._policy = self._policy, self._frozen_unet
                 try:
                     yield
                 finally:
-                    self.unet = policy
+                    self._policy = policy
 
     # --- training and saving ---
 
@@ -239,9 +251,9 @@ class LoadedStableDiffusion(LoadedModel):
 
         A LoRA that training started from is in the adapter too, so that the pretrained model needs nothing else.
         """
-        if self._frozen_unet is not None or self._start == "unet":
+        if self._full or self._start == "unet":
             whole = self.unet
-            if self._frozen_unet is None:
+            if not self._full:
                 whole = copy.deepcopy(self.unet)
                 adapters.merge(whole)
             whole.save_pretrained(run_dir / "unet")

@@ -6,18 +6,24 @@ any batch.
 
 import itertools
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from diffusion_dpo.data.cache import LatentCache
 from diffusion_dpo.data.examples import Example
-from diffusion_dpo.data.order import Randomness, Visit, draw_randomness, global_batch
+from diffusion_dpo.data.order import Randomness, Schedule, Visit, draw_randomness
 from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training.errors import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from diffusion_dpo.training.reference import CachedErrors
 
 
 _BELOW_ONE = 1 - 2**-24
@@ -33,28 +39,58 @@ class Reader:
     examples: Sequence[Example]
     cache: LatentCache
     latent_shape: tuple[int, int, int]
+    processes: Processes = field(default_factory=Processes)
+    cached: "CachedErrors | None" = None
+    """The reference's errors, where they are computed beforehand."""
 
-    def visits(self, step: int) -> tuple[Visit, ...]:
-        """Return which examples an optimizer step trains on."""
+    @cached_property
+    def group_of(self) -> np.ndarray:
+        """The group of each example: those of one have latents of one shape, and can be in one batch."""
+        return np.zeros(len(self.examples), np.int16)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Which examples each optimizer step trains on."""
         config = self.config
-        num_stages = config.curriculum_stages if config.order == "curriculum" else 1
-        return global_batch(
+        return Schedule(
             config.seed,
-            len(self.examples),
+            [np.flatnonzero(self.group_of == group) for group in np.unique(self.group_of)],
             config.global_batch_size,
-            step,
-            num_stages=num_stages,
+            num_stages=config.curriculum_stages if config.order == "curriculum" else 1,
             steps_per_stage=config.curriculum_steps,
         )
 
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        """Return a micro-batch of a step."""
-        step, number = place
+    @property
+    def num_micro_batches(self) -> int:
+        """How many of a step's micro-batches are this process's."""
+        return self.config.global_batch_size // (self.config.per_device_batch_size * self.processes.count)
+
+    def places(self, number: int) -> slice:
+        """Return which of a step's examples the n-th micro-batch of this process holds."""
         size = self.config.per_device_batch_size
-        return self.read(self.visits(step)[number * size : (number + 1) * size])
+        start = (number * self.processes.count + self.processes.rank) * size
+        return slice(start, start + size)
+
+    def visits(self, step: int) -> tuple[Visit, ...]:
+        """Return which examples an optimizer step trains on."""
+        return self.schedule.visits(step)
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch:
+        """Return one of this process's micro-batches of a step."""
+        step, number = place
+        return self.read(self.visits(step)[self.places(number)])
 
     def read(self, visits: Sequence[Visit]) -> Batch:
-        """Return some visits as a batch, with their noise, timesteps, dropout and flips."""
+        """Return some visits as a batch."""
+        if self.cached is None:
+            return self.draw(visits)
+        import torch
+
+        draws = [self.cached.draw_of(visit) for visit in visits]
+        return replace(self.draw(draws), reference=torch.from_numpy(self.cached.of(draws)))
+
+    def draw(self, visits: Sequence[Visit]) -> Batch:
+        """Return some visits with their own noise, timesteps, dropout and flips."""
         config = self.config
         random = draw_randomness(
             config.seed,
@@ -70,11 +106,11 @@ class Reader:
         return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache)
 
     def stream(self, first_step: int) -> Generator[Batch, None, None]:
-        """Yield the micro-batches from a step on, read ahead by `dataloader_num_workers` processes."""
+        """Yield this process's micro-batches from a step on, read ahead by `dataloader_num_workers` processes."""
         from torch.utils.data import DataLoader
 
         config = self.config
-        places = itertools.product(range(first_step, config.max_steps), range(config.gradient_accumulation_steps))
+        places = itertools.product(range(first_step, config.max_steps), range(self.num_micro_batches))
         workers = config.dataloader_num_workers
         yield from DataLoader(
             self,  # type: ignore[arg-type]
@@ -83,6 +119,7 @@ class Reader:
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_leave_signals_to_the_parent,
+            pin_memory=self.model.device.type == "cuda",
         )
 
 

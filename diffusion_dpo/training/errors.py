@@ -7,8 +7,8 @@ code shares one, and with two the optimum is another (tests/training/test_analyt
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from diffusion_dpo.losses import ImageErrors
 
@@ -39,13 +39,28 @@ class Batch:
     """(B, K, 1, h, w), mean 1 per image: how much each position counts; None: all alike."""
     scores: "Tensor | None" = None
     """(B, K), as in ImageErrors."""
+    per_image: Mapping[str, "Tensor"] = field(default_factory=dict)
+    """Conditioning of each image, (B, K, ...): what SDXL is told of its size and crop."""
+    reference: "Tensor | None" = None
+    """(B, K): the reference's errors, where they are known already."""
 
     def to(self, device: "torch.device") -> Self:
-        """Return the batch on another device."""
-        conditioning = {name: value.to(device) for name, value in self.conditioning.items()}
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "conditioning"}
-        moved = {name: value.to(device) for name, value in tensors.items() if value is not None}
-        return replace(self, conditioning=conditioning, **moved)
+        """Return the batch on another device, without waiting for it where the memory is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return the batch in memory that a GPU can read by itself; called by the DataLoader."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, function: "Callable[[Tensor], Tensor]") -> Self:
+        changed: dict[str, Any] = {}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Mapping):
+                changed[part.name] = {name: function(tensor) for name, tensor in value.items()}
+            elif value is not None:
+                changed[part.name] = function(value)
+        return replace(self, **changed)
 
 
 def denoising_errors(
@@ -59,26 +74,25 @@ def denoising_errors(
     """Return mean squared errors per image, float32, of policy and (without gradient) reference.
 
     Within `reference()`, `model.predict` is the reference; None skips that forward. Where the reference's predictions
-    are known already (`reference_prediction`), they are taken instead.
+    are known already (`reference_prediction`), they are taken instead; where only its errors are (`batch.reference`),
+    there is no drift.
     """
     noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
-    if reference_prediction is None and reference is not None:
+    if reference_prediction is None and reference is not None and batch.reference is None:
         with reference():
             reference_prediction = model.predict(noisy_latents, timesteps, conditioning)
     prediction = model.predict(noisy_latents, timesteps, conditioning)
-    size = len(batch.noise)
-    masks = None if batch.masks is None else batch.masks.transpose(0, 1).flatten(0, 1)
     residual = prediction - target
-    reference_errors = drift = cross = None
+    errors, drift, cross = batch.reference, None, None
     if reference_prediction is not None:
-        reference_errors = masked_mean((reference_prediction - target).square(), masks).view(-1, size).T
-        drift = masked_mean((prediction - reference_prediction).square(), None).view(-1, size).T
+        errors = mean_squares(reference_prediction - target, batch)
+        drift = mean_squares(prediction - reference_prediction, replace(batch, masks=None))
     if batch.latents.shape[1] == 2:
         chosen, rejected = residual.detach().chunk(2)
-        cross = masked_mean(chosen * rejected, None if masks is None else masks[:size])
+        cross = masked_mean(chosen * rejected, None if batch.masks is None else batch.masks[:, 0])
     return ImageErrors(
-        policy=masked_mean(residual.square(), masks).view(-1, size).T,
-        reference=reference_errors,
+        policy=mean_squares(residual, batch),
+        reference=errors,
         drift=drift,
         cross=cross,
         timesteps=batch.timesteps,
@@ -88,6 +102,13 @@ def denoising_errors(
         scores=batch.scores,
         baseline=baseline,
     )
+
+
+def reference_errors(model: "LoadedModel", batch: Batch) -> "Tensor":
+    """Return the mean squared errors (B, K), float32, of the model's own reference alone."""
+    noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
+    with model.reference():
+        return mean_squares(model.predict(noisy_latents, timesteps, conditioning) - target, batch)
 
 
 def add_shared_noise(model: "LoadedModel", batch: Batch) -> "tuple[Tensor, Tensor, dict[str, Tensor], Tensor]":
@@ -100,8 +121,15 @@ def add_shared_noise(model: "LoadedModel", batch: Batch) -> "tuple[Tensor, Tenso
     latents = batch.latents.transpose(0, 1).flatten(0, 1)
     noise, timesteps = shared(batch.noise, num_images), shared(batch.timesteps, num_images)
     conditioning = {name: shared(value, num_images) for name, value in batch.conditioning.items()}
+    conditioning |= {name: value.transpose(0, 1).flatten(0, 1) for name, value in batch.per_image.items()}
     noisy_latents = model.add_noise(latents, noise, timesteps)
     return noisy_latents, timesteps, conditioning, model.target(latents, noise, timesteps)
+
+
+def mean_squares(residual: "Tensor", batch: Batch) -> "Tensor":
+    """Return the mean squares (B, K) of residuals (K times B, C, h, w) of a batch, within its masks."""
+    masks = None if batch.masks is None else batch.masks.transpose(0, 1).flatten(0, 1)
+    return masked_mean(residual.square(), masks).view(-1, len(batch.noise)).T
 
 
 def masked_mean(values: "Tensor", masks: "Tensor | None") -> "Tensor":

@@ -24,6 +24,7 @@ from diffusion_dpo.data.order import Visit, draw_randomness
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.losses.weighting import error_weights
 from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import Weighting
 from diffusion_dpo.training.batches import gather
 from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors
@@ -49,7 +50,7 @@ class HeldOut:
     _reference: "list[Tensor]" = field(default_factory=list)
     """The reference's predictions, batch by batch, on the CPU."""
 
-    def evaluate(self, model: LoadedModel) -> dict[str, float]:
+    def evaluate(self, model: LoadedModel, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008
         """Return the metrics `eval/...`; the chosen image's error is the first of each pair's two.
 
         - loss: the objective's; for DPO minus the log likelihood of the held-out labels, ln 2 before training.
@@ -61,30 +62,44 @@ class HeldOut:
         """
         import torch
 
-        errors, losses = [], []
+        self.ask_reference(model)
+        # each process measures its share of the batches; all run equally many, which a divided model needs
+        numbers = range(processes.rank, -(-len(self._starts) // processes.count) * processes.count, processes.count)
+        cells = torch.zeros(4, len(self.examples) * self.num_timesteps, 2, device=model.device)
         with torch.no_grad():
-            for number, start in enumerate(range(0, len(self.examples) * self.num_timesteps, self.batch_size)):
+            for number in numbers:
+                start = self._starts[min(number, len(self._starts) - 1)]
                 batch = self._batch(model, start).to(model.device)
-                if number == len(self._reference):
-                    noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
-                    with model.reference():
-                        self._reference.append(model.predict(noisy_latents, timesteps, conditioning).cpu())
-                reference = self._reference[number].to(model.device)
+                reference = self._reference[start // self.batch_size].to(model.device)
                 found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
                 assert found.reference is not None and found.drift is not None
-                errors.append(torch.stack([found.policy, found.reference, found.drift]))
+                values = [found.policy, found.reference, found.drift]
                 if self.objective is not None:
-                    losses.append(self.objective(found)[1].loss)
-        shape = (3, len(self.examples), self.num_timesteps, 2)
-        policy, reference, drift = torch.cat(errors, 1).cpu().view(shape).double().numpy()
-        metrics = self._measure("eval", policy, reference)
-        if losses:
-            loss = torch.cat(losses).cpu().view(shape[1:3]).double().numpy()
-            metrics |= self._mean("eval/loss", loss)
+                    values.append(self.objective(found)[1].loss[:, None].expand(-1, 2))
+                if number < len(self._starts):
+                    cells[: len(values), start : start + len(batch.noise)] = torch.stack(values)
+        cells = processes.sum(cells).cpu().view(4, len(self.examples), self.num_timesteps, 2).double()
+        policy, reference_errors, drift, losses = cells.numpy()
+        metrics = self._measure("eval", policy, reference_errors)
+        if self.objective is not None:
+            metrics |= self._mean("eval/loss", losses[:, :, 0])
         for column, log_snr in enumerate(model.log_snr(self._timesteps(model).to(model.device)).tolist()):
             part = (slice(None), slice(column, column + 1))
-            metrics |= self._measure(f"eval/log_snr_{log_snr:+.2f}", policy[part], reference[part])
+            metrics |= self._measure(f"eval/log_snr_{log_snr:+.2f}", policy[part], reference_errors[part])
         return metrics | {"eval/kl": self._kl(model, drift)}
+
+    def ask_reference(self, model: LoadedModel) -> None:
+        """Have the reference predict, once; afterwards `evaluate` does not need it."""
+        for start in self._starts[len(self._reference) :]:
+            noisy_latents, timesteps, conditioning, _ = add_shared_noise(
+                model, self._batch(model, start).to(model.device)
+            )
+            with model.reference():
+                self._reference.append(model.predict(noisy_latents, timesteps, conditioning).cpu())
+
+    @property
+    def _starts(self) -> range:
+        return range(0, len(self.examples) * self.num_timesteps, self.batch_size)
 
     def _batch(self, model: LoadedModel, start: int) -> Batch:
         """Return the cells of the grid from `start` on: a pair at a timestep, whose number is the visit's epoch."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.losses import ImageErrors, ImageLoss
+from diffusion_dpo.processes import Processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,7 @@ _FEATURES = 2
 class Totals:
     """Sums over the micro-batches of one step; nothing waits for the device until `fetch`."""
 
+    processes: Processes = field(default_factory=Processes)
     _names: tuple[str, ...] = ()
     _sums: "list[Tensor]" = field(default_factory=list)
     _examples: "list[Tensor]" = field(default_factory=list)
@@ -36,13 +38,23 @@ class Totals:
         self._examples.append(torch.stack([result.loss, errors.policy.sum(1)], 1).detach())
 
     def fetch(self, grad_norm: "Tensor") -> tuple[dict[str, float], list[list[float]]]:
-        """Return the means, with `grad_norm`, and for every example its loss and the sum of its errors."""
+        """Return the means over all processes, and for every example of the step its loss and the sum of its errors.
+
+        `grad_norm` is the same in every process, and is returned among the means.
+        """
         import torch
 
+        examples = torch.cat(self._examples)
+        if self.processes.count > 1:  # micro-batches are dealt out in turn
+            rows = examples.view(len(self._examples), -1, _FEATURES)
+            dealt = rows.new_zeros(len(rows), self.processes.count, *rows.shape[1:])
+            dealt[:, self.processes.rank] = rows
+            examples = dealt
         sums = torch.stack(self._sums).sum(0)
-        flat = torch.cat([sums.flatten(), grad_norm.detach().view(1), *(part.flatten() for part in self._examples)])
-        numbers = flat.tolist()
-        means, end = {}, 2 * len(self._names)
+        flat = self.processes.sum(torch.cat([sums.flatten(), examples.flatten()]))
+        end = 2 * len(self._names)
+        numbers = torch.cat([flat[:end], grad_norm.detach().view(1), flat[end:]]).tolist()
+        means = {}
         for i, name in enumerate(self._names):
             total, count = numbers[2 * i : 2 * i + 2]
             if count > 0:
@@ -75,8 +87,9 @@ def _cells(errors: ImageErrors, result: ImageLoss, weights: "Tensor") -> "dict[s
         margins = result.rewards[:, 0] - result.rewards[:, -1]
         cells["rewards/margins"] = (margins, ones)
         cells["rewards/accuracies"] = ((margins > 0).to(ones.dtype) + 0.5 * (margins == 0).to(ones.dtype), ones)
-    if errors.reference is not None and errors.drift is not None:
+    if errors.reference is not None:
         cells["errors/advantage"] = ((errors.reference - errors.policy).mean(1), ones)
+    if errors.drift is not None:
         cells["errors/drift"] = (errors.drift.mean(1), ones)
     return cells
 

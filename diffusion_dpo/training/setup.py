@@ -1,7 +1,8 @@
 """From settings to a run that is ready for its first step: examples, latent cache, objective, optimizer."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
@@ -20,16 +21,34 @@ from diffusion_dpo.data.examples import (
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
-from diffusion_dpo.training import Run
-from diffusion_dpo.training.averaging import AveragedReference
+from diffusion_dpo.training import Run, reference
+from diffusion_dpo.training.averaging import RunningAverage
 from diffusion_dpo.training.batches import Reader
 from diffusion_dpo.training.evaluation import HeldOut
 from diffusion_dpo.training.health import Health
+from diffusion_dpo.training.optimizers import make_optimizer
+from diffusion_dpo.training.parallel import distribute
 
 if TYPE_CHECKING:
     import torch
 
+_DECIDE_DRAWS: Any = {
+    "seed": True,
+    "prompt_dropout": True,
+    "random_flip": True,
+    "weighting": {"timestep_range", "num_timesteps"},
+}
+_DECIDE_EXAMPLES: Any = {
+    "evaluation": {"share", "max_pairs"},
+    "swap_labels": True,
+    "order": True,
+    "curriculum_stages": True,
+    "curriculum_steps": True,
+    "global_batch_size": True,
+}
+"""The settings that decide which example is which, and when it is visited."""
 _UNITS = {"pair": "pairs", "image": "images", "chosen": "chosen images", "list": "rankings"}
 
 
@@ -52,8 +71,14 @@ def refuse_contradictions(config: TrainConfig) -> None:
             f"score_metric={config.score_metric}, and nothing here looks at scores; leave it out, or take "
             "score_gain_weighting=true, order=curriculum, or an objective that does (capo, rank_dpo, plackett_luce)"
         )
-    if config.reference.type == "ema" and not (loss.needs_reference or config.regularizers.needs_reference):
-        raise ConfigError(f"reference.type=ema, and loss.type={loss.type} has no reference; leave it out")
+    kind = config.reference.type
+    if kind != "auto" and not (loss.needs_reference or config.regularizers.needs_reference):
+        raise ConfigError(f"reference.type={kind}, and loss.type={loss.type} has no reference; leave it out")
+    if kind == "cached" and config.regularizers.drift:
+        raise ConfigError(
+            "regularizers.drift is about what the reference predicts, and reference.type=cached keeps its errors "
+            "alone; leave one of them out"
+        )
 
 
 def hold_out(config: TrainConfig, data: Collected) -> tuple[list[int], list[int]]:
@@ -62,7 +87,25 @@ def hold_out(config: TrainConfig, data: Collected) -> tuple[list[int], list[int]
     return split_held_out(data.records, share=share, max_pairs=max_pairs, seed=config.seed)
 
 
-def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype") -> Run:
+def refuse_uneven(config: TrainConfig, processes: Processes) -> None:
+    """Raise ConfigError where the processes cannot divide a step among them evenly."""
+    unit = config.per_device_batch_size * processes.count
+    if config.global_batch_size % unit:
+        below = config.global_batch_size // unit * unit
+        raise ConfigError(
+            f"global_batch_size ({config.global_batch_size}) must be a multiple of per_device_batch_size "
+            f"({config.per_device_batch_size}) times the number of processes ({processes.count}); the nearest are "
+            f"{' and '.join(str(size) for size in (below, below + unit) if size)}"
+        )
+
+
+def prepare(
+    config: TrainConfig,
+    model: LoadedModel,
+    data: Collected,
+    dtype: "torch.dtype",
+    processes: Processes = Processes(),  # noqa: B008 - a constant
+) -> Run:
     """Encode what is not cached, and set up the optimizer: everything up to the first step."""
     loss = cast(Loss, config.loss)
     train_on, held = hold_out(config, data)
@@ -95,43 +138,63 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
             seed=config.seed,
             objective=objective if loss.unit == "pair" else None,
         )
+    reader = Reader(config, model, examples, latents, latent_shape, processes)
+    reader = _settle_reference(config, reader, held_out, objective, dtype, processes)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    accumulating = distribute(model, processes)
     parameters = model.trainable()
-    _announce(config, model, examples, held_out, sum(p.numel() for p in parameters.values()), dtype)
-    optimizer, scaler = make_optimizer(config, parameters, model.device, dtype)
+    _announce(reader, held_out, sum(p.numel() for p in parameters.values()), dtype)
+    averaged = config.reference.type == "ema"
     return Run(
         config=config,
         model=model,
         objective=objective,
-        reader=Reader(config, model, examples, latents, latent_shape),
+        reader=reader,
         parameters=parameters,
-        optimizer=optimizer,
-        scaler=scaler,
-        averaged=AveragedReference(parameters, config.reference.ema_decay) if config.reference.type == "ema" else None,
+        optimizer=make_optimizer(config, parameters, model.device),
+        scaler=make_scaler(model.device, dtype),
+        averaged=RunningAverage(parameters, config.reference.ema_decay) if averaged else None,
+        ema=RunningAverage(parameters, config.ema_decay) if config.ema_decay else None,
         held_out=held_out,
         health=Health(),
+        processes=processes,
+        accumulating=accumulating,
     )
 
 
-def make_optimizer(
-    config: TrainConfig,
-    parameters: "dict[str, torch.nn.Parameter]",
-    device: "torch.device",
-    dtype: "torch.dtype",
-) -> "tuple[torch.optim.AdamW, torch.amp.GradScaler]":
-    """Return AdamW over the trained weights, and the loss scaler, which does something for float16 only."""
+def make_scaler(device: "torch.device", dtype: "torch.dtype") -> "torch.amp.GradScaler":
+    """Return the scaler of the loss, which does something for float16 only."""
     import torch
 
-    optimizer = torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=config.adam_betas,
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-    return optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def _settle_reference(
+    config: TrainConfig,
+    reader: Reader,
+    held_out: HeldOut | None,
+    objective: Objective,
+    dtype: "torch.dtype",
+    processes: Processes,
+) -> Reader:
+    """Ask the reference what can be asked now, while the policy still is the reference; keep it if more will be."""
+    model, kind = reader.model, config.reference.type
+    if held_out is not None:
+        held_out.ask_reference(model)
+    if kind == "cached":
+        facts = {
+            "base_weights": model.base_hash,
+            "encoded": reader.cache.name,
+            "precision": str(dtype).removeprefix("torch."),
+            "draws": config.model_dump(mode="json", include=_DECIDE_DRAWS),
+            "examples": config.model_dump(mode="json", include=_DECIDE_EXAMPLES) | _ranked_by(config),
+        }
+        root = config.cache_dir or config.output_dir / "cache"
+        return replace(reader, cached=reference.build(root, reader, facts, processes))
+    if kind == "frozen_copy" or (kind == "auto" and objective.needs_reference and model.reference_needs_copy):
+        model.freeze_copy()
+    return reader
 
 
 def _encode(
@@ -184,6 +247,15 @@ def _examples(
     return easiest_first(examples) if config.order == "curriculum" else examples
 
 
+def _ranked_by(config: TrainConfig) -> dict[str, Any]:
+    """What decides, beside the settings, which images make an example, and in which order."""
+    loss = cast(Loss, config.loss)
+    facts: dict[str, Any] = {"unit": loss.unit}
+    if _looks_at_scores(config):
+        facts |= {"loss": loss.type, "score_metric": config.score_metric}
+    return facts | ({"list_size": loss.list_size} if isinstance(loss, ListLoss) else {})
+
+
 def _looks_at_scores(config: TrainConfig) -> bool:
     return cast(Loss, config.loss).needs_scores or config.score_gain_weighting or config.order == "curriculum"
 
@@ -206,21 +278,17 @@ def _scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
     return read_scores(data.records, metric, cast(Loss, config.loss).calibrate)
 
 
-def _announce(
-    config: TrainConfig,
-    model: LoadedModel,
-    examples: Sequence[Example],
-    held_out: HeldOut | None,
-    num_weights: int,
-    dtype: "torch.dtype",
-) -> None:
+def _announce(reader: Reader, held_out: HeldOut | None, num_weights: int, dtype: "torch.dtype") -> None:
+    config, examples = reader.config, reader.examples
     loss = cast(Loss, config.loss)
     apart = "no pairs are held out" + (" (too few, or single images)" if config.evaluation.share else "")
     if held_out is not None:
         apart = f"{len(held_out.examples)} pairs of {len(set(held_out.prompts))} prompts are held out"
     say(
         f"train: {loss.type} on {len(examples)} {_UNITS[loss.unit]}, {apart}; {num_weights:,} trained weights, "
-        f"{config.max_steps} steps of {config.global_batch_size} ({config.gradient_accumulation_steps} x "
-        f"{config.per_device_batch_size}), {config.max_steps * config.global_batch_size / len(examples):.1f} epochs, "
-        f"on {model.device.type} in {str(dtype).removeprefix('torch.')}"
+        f"{config.max_steps} steps of {config.global_batch_size} ("
+        + (f"{reader.processes.count} processes x " if reader.processes.count > 1 else "")
+        + f"{reader.num_micro_batches} x {config.per_device_batch_size}), "
+        f"{config.max_steps * config.global_batch_size / len(examples):.1f} epochs, "
+        f"on {reader.model.device.type} in {str(dtype).removeprefix('torch.')}"
     )

@@ -5,41 +5,50 @@ Order, noise, timesteps and dropout are functions of the step and need not be ke
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo import checkpoint
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.training import Run
+from diffusion_dpo.training.averaging import RunningAverage
 from diffusion_dpo.training.health import Health
+from diffusion_dpo.training.parallel import put, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(run: Run, folder: Path, step: int) -> None:
     """Write a checkpoint, of the state after `step` steps; raises ConfigError when its weights are not finite."""
     import torch
 
-    sizes = torch._foreach_norm(list(run.parameters.values()), math.inf)
+    sizes = [whole(size) for size in torch._foreach_norm(list(run.parameters.values()), math.inf)]
     if not torch.stack(sizes).max().isfinite():
         raise ConfigError(
             f"after step {step} the weights are not finite, so nothing was saved: learning_rate="
             f"{run.config.learning_rate:g} is too large"
         )
-    parts: dict[str, dict[str, Tensor]] = {
-        "trained": {name: parameter.detach().cpu() for name, parameter in run.parameters.items()},
-        "optimizer": {
-            f"{name}:{key}": value.cpu()
-            for name, parameter in run.parameters.items()
-            for key, value in run.optimizer.state[parameter].items()
-        },
+    optimizer = {
+        f"{name}:{key}": value
+        for name, parameter in run.parameters.items()
+        for key, value in run.optimizer.state[parameter].items()
     }
-    if run.averaged is not None:
-        parts["averaged"] = {name: value.cpu() for name, value in run.averaged.average.items()}
-    state = {"run": run.identity, "scaler": run.scaler.state_dict(), "health": run.health.to_json(), "kl": run.kl}
-    checkpoint.save(folder, step, parts, state, keep=run.config.checkpoints_total_limit)
+    parts: dict[str, dict[str, Tensor]] = {
+        "trained": {name: whole(parameter).cpu() for name, parameter in run.parameters.items()},
+        "optimizer": {key: whole(value).cpu() for key, value in optimizer.items() if isinstance(value, torch.Tensor)},
+    }
+    for part, average in _averages(run).items():
+        parts[part] = {name: whole(value).cpu() for name, value in average.values.items()}
+    state = {
+        "run": run.identity,
+        "optimizer": {key: value for key, value in optimizer.items() if not isinstance(value, torch.Tensor)},
+        "scaler": run.scaler.state_dict(),
+        "health": run.health.to_json(),
+        "kl": run.kl,
+    }
+    if run.processes.is_main:
+        checkpoint.save(folder, step, parts, state, keep=run.config.checkpoints_total_limit)
+    run.processes.wait()  # nobody goes on, or leaves, before it is whole
 
 
 def resume(run: Run, folder: Path) -> int:
@@ -50,6 +59,13 @@ def resume(run: Run, folder: Path) -> int:
     import torch
 
     found = checkpoint.load_latest(folder)
+    step = 0 if found is None else found.step
+    newest, oldest = run.processes.highest(step), -run.processes.highest(-step)
+    if newest != oldest:
+        raise ConfigError(
+            f"the processes see different checkpoints in {folder} (of step {oldest} and {newest}); put output_dir "
+            "where all machines see it"
+        )
     if found is None:
         return 0
     if found.state["run"] != run.identity:
@@ -57,20 +73,39 @@ def resume(run: Run, folder: Path) -> int:
             f"the checkpoint of step {found.step} in {folder} was saved by another run, with other settings, data or "
             "weights; move it away to go on from the one before it"
         )
+    optimizer: dict[str, Any] = {**found.parts["optimizer"], **found.state["optimizer"]}
     with torch.no_grad():
         for name, parameter in run.parameters.items():
-            parameter.copy_(found.parts["trained"][name])
-            if f"{name}:step" not in found.parts["optimizer"]:  # no step was taken yet: fp16 skips the first ones
-                continue
-            saved = {key: found.parts["optimizer"][f"{name}:{key}"] for key in ("step", *_MOMENTS)}
-            # like the parameter in layout too (channels_last), or sums are taken in another order than before the stop
-            moments = {key: torch.zeros_like(parameter).copy_(saved[key]) for key in _MOMENTS}
-            run.optimizer.state[parameter] = {"step": saved["step"].to(parameter.device), **moments}
-        if run.averaged is not None:
-            for name, average in run.averaged.average.items():
-                average.copy_(found.parts["averaged"][name])
+            put(parameter, found.parts["trained"][name])
+        for key, value in optimizer.items():  # nothing before the first step that is taken: fp16 skips some
+            name, _, what = key.rpartition(":")
+            run.optimizer.state[run.parameters[name]][what] = _beside(run.parameters[name], value)
+        for part, average in _averages(run).items():
+            for name, value in average.values.items():
+                put(value, found.parts[part][name])
     if found.state["scaler"]:
         run.scaler.load_state_dict(found.state["scaler"])
     run.health = Health.from_json(found.state["health"])
     run.kl = found.state["kl"]
     return found.step
+
+
+def _averages(run: Run) -> dict[str, RunningAverage]:
+    found = {"averaged": run.averaged, "ema": run.ema}
+    return {part: average for part, average in found.items() if average is not None}
+
+
+def _beside(parameter: "Tensor", saved: Any) -> Any:
+    """Return what an optimizer had for a parameter on its device, and in its layout where it has its shape.
+
+    In another layout than before the stop (channels_last), sums would be taken in another order.
+    """
+    import torch
+
+    if not isinstance(saved, torch.Tensor):
+        return saved
+    if saved.shape != parameter.shape:
+        return saved.to(parameter.device)
+    value = torch.zeros_like(parameter, dtype=saved.dtype)
+    put(value, saved)
+    return value

@@ -2,12 +2,20 @@
 
 from collections import Counter
 
+import numpy as np
+import pytest
 import torch
 
-from diffusion_dpo.data.order import Visit, draw_randomness, global_batch
+from diffusion_dpo.data.order import Schedule, Visit, draw_randomness
 
 SHAPE = (4, 8, 8)
 IDS = [f"pair-{i}" for i in range(10)]
+
+
+def global_batch(seed: int, num_examples: int, size: int, step: int, *, num_stages: int = 1, steps_per_stage: int = 1):
+    """The visits of one step of a schedule that has not been asked anything before."""
+    everything = [np.arange(num_examples)]
+    return Schedule(seed, everything, size, num_stages, steps_per_stage).visits(step)
 
 
 def draw(visits: list[Visit], seed: int = 0, dropout: float = 0.3, flip: bool = True):
@@ -100,3 +108,37 @@ def test_no_stage_repeats_the_noise_of_another():
 
 def test_one_stage_is_no_curriculum():
     assert curriculum(30, stages=1) == [global_batch(0, 23, 4, step) for step in range(30)]
+
+
+# --- groups of one shape ---------------------------------------------------------------------------------------------
+
+GROUPS = [np.array([0, 3, 6, 9, 12, 15]), np.array([1, 4]), np.array([2, 5, 7, 8, 10, 11, 13, 14, 16, 17, 18, 19])]
+
+
+def test_a_step_stays_within_a_group_and_no_step_depends_on_what_was_asked_before():
+    schedule = Schedule(0, GROUPS, 4)
+    steps = [schedule.visits(step) for step in range(200)]
+    for visits in steps:
+        assert any({visit.index for visit in visits} <= set(group.tolist()) for group in GROUPS)
+    for step in (199, 0, 57):
+        assert Schedule(0, GROUPS, 4).visits(step) == steps[step]
+    assert [Schedule(1, GROUPS, 4).visits(step) for step in range(200)] != steps
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_example_is_met_as_often_as_any_other_and_never_with_the_same_noise(seed: int):
+    visits = [visit for step in range(200) for visit in Schedule(seed, GROUPS, 4).visits(step)]
+    assert len(set(visits)) == len(visits)
+    counts = Counter(visit.index for visit in visits)
+    assert set(counts) == set(range(20))
+    for group in GROUPS:
+        within = [counts[index] for index in group.tolist()]
+        assert max(within) - min(within) <= 1
+        assert abs(sum(within) - 800 * len(group) / 20) <= 4 * len(GROUPS)  # a step or two from its share
+
+
+def test_groups_take_turns_evenly_not_one_after_the_other():
+    schedule = Schedule(0, GROUPS, 4)
+    for start in range(0, 200, 20):
+        indices = {visit.index for step in range(start, start + 20) for visit in schedule.visits(step)}
+        assert all(indices & set(group.tolist()) for group in GROUPS)

@@ -143,7 +143,6 @@ def test_neither_workers_nor_evaluating_more_often_change_the_run(tmp_path: Path
 
 
 def test_the_references_predictions_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    run = prepared(tmp_path, "per_device_batch_size=4")
     calls = []
     real = LoadedShift.predict
 
@@ -152,6 +151,7 @@ def test_the_references_predictions_are_computed_once(tmp_path: Path, monkeypatc
         return real(self, noisy_latents, *args)
 
     monkeypatch.setattr(LoadedShift, "predict", counted)
+    run = prepared(tmp_path, "per_device_batch_size=4")
     cells = len(held_out(run).examples) * 8
     for _ in range(3):
         shift(run, seed=len(calls))
