@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from diffusion_dpo import __version__, interrupt
+from diffusion_dpo import __version__, interrupt, processes
 from diffusion_dpo.config import Config, ConfigError, load
 from diffusion_dpo.settings import VERBS, DemoConfig
 
@@ -191,12 +191,15 @@ def _run(verb: str, config: Config) -> None:
 
 
 def _fail(message: str, *, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Say once, whatever the number of processes, what went wrong; return the exit code."""
+    if processes.speaks_of_failure():
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 
 def _stopped(code: int) -> int:
-    print("stopped; the same command again continues from what is saved", file=sys.stderr)
+    if processes.speaks_of_failure():
+        print("stopped; the same command again continues from what is saved", file=sys.stderr)
     return code
 
 

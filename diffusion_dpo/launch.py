@@ -6,6 +6,7 @@ one, which it tells where to meet the others (MASTER_ADDR), but neither their nu
 own parser, so that its configuration file counts as well.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -36,5 +37,7 @@ def _asked_for() -> int:
     start = next((place for place, word in enumerate(words) if word == "launch" or "accelerate-launch" in word), None)
     if start is None:
         return 1
+    logging.disable(logging.WARNING)  # it has said already which defaults it takes
     parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(words[start + 1 :]))
+    logging.disable(logging.NOTSET)
     return int(parsed.num_processes or 1)

@@ -100,12 +100,14 @@ def told_to_use_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
 
 
-def first_to_fail() -> bool:
-    """Whether this process is the first of its run that fails; the others' failures follow from that one."""
+def speaks_of_failure() -> bool:
+    """Whether this process is the first of its run that fails or is stopped; the others only follow."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
     import torch.distributed
 
     if not torch.distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ["RANK"] == "0"
     try:
         store = torch.distributed.distributed_c10d._get_default_store()
         return int(store.add("diffusion_dpo/failures", 1)) == 1

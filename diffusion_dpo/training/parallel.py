@@ -49,6 +49,7 @@ def distribute(model: LoadedModel, processes: Processes) -> Accumulating:
 
 def _shard(model: LoadedModel) -> Accumulating:
     from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch import contiguous_format
     from torch.nn import ModuleList
 
     found: list[FSDPModule] = []
@@ -56,6 +57,7 @@ def _shard(model: LoadedModel) -> Accumulating:
     def wrap(module: "Module") -> "Module":
         if not all(parameter.requires_grad for parameter in module.parameters()):
             raise ConfigError("FSDP2 is for full fine-tuning (model.lora=null); a LoRA is small: launch it with DDP")
+        module.to(memory_format=contiguous_format)  # FSDP2 divides no others
         for block in module.children():
             for part in block if isinstance(block, ModuleList) else [block]:
                 fully_shard(part)
