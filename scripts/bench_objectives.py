@@ -27,7 +27,7 @@ from diffusion_dpo.report.statistics import mean_interval
 from diffusion_dpo.settings import VERBS
 
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks" / "objectives.md"
-BEGIN, END = "<!-- the table: scripts/bench_objectives.py -->\n", "<!-- end of the table -->\n"
+BEGIN, END = "<!-- the table -->\n", "<!-- end of the table -->\n"
 SEEDS = [0, 1, 2]
 NUM_PROMPTS = 96
 IMAGES_PER_PROMPT = 2
@@ -89,12 +89,14 @@ def main() -> None:
         folder = args.folder / f"seed-{seed}"
         make_data(folder, seed)
         for name in args.only:
-            measure(folder, name, seed)
-    table = make_table(args.folder, args.seeds)
+            pairs = folder / ("pairs-random" if "random" in name else "pairs")
+            measure(
+                folder, name, seed, COMMON | {"loss.type": name.partition(",")[0], "data.path": pairs} | ROWS[name]
+            )
+    table = make_table(args.folder, args.seeds, list(ROWS), "objective")
     print(table)
     if (args.only, args.seeds) == (list(ROWS), SEEDS):
-        before, _, rest = DOCS.read_text().partition(BEGIN)
-        DOCS.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+        replace_table(DOCS, table)
 
 
 def make_data(folder: Path, seed: int) -> None:
@@ -122,16 +124,14 @@ def make_data(folder: Path, seed: int) -> None:
     draw(folder / "base", folder, seed)
 
 
-def measure(folder: Path, name: str, seed: int) -> None:
+def measure(folder: Path, name: str, seed: int, settings: dict[str, Any]) -> None:
     """Train one row of the table, draw held-out prompts, and keep what came of it."""
     place = place_of(folder, name)
     if (place / "result.json").exists():
         return
     began = time.monotonic()
-    pairs = folder / ("pairs-random" if "random" in name else "pairs")
-    settings = PAIRS_OF_IMAGES | COMMON | {"loss.type": name.partition(",")[0]} | ROWS[name]
-    settings |= {"data.path": pairs, "seed": seed, "output_dir": place / "train", "cache_dir": folder / "cache"}
-    verb("train", settings)
+    places = {"output_dir": place / "train", "cache_dir": folder / "cache"}
+    verb("train", PAIRS_OF_IMAGES | settings | {"seed": seed} | places)
     draw(place / "images", folder, seed, adapter_path=place / "train")
     lines = (place / "train" / "metrics.jsonl").read_text().splitlines()
     result = {
@@ -165,10 +165,15 @@ def scene_scores(folder: Path) -> np.ndarray:
     return np.array([np.mean(found) for found in values.values()])
 
 
-def make_table(folder: Path, seeds: list[int]) -> str:
-    columns = ("objective", "pocket_scene, after - before (95 %)", "by seed", *KEYS)
+def replace_table(document: Path, table: str) -> None:
+    before, _, rest = document.read_text().partition(BEGIN)
+    document.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+
+
+def make_table(folder: Path, seeds: list[int], rows: list[str], what: str) -> str:
+    columns = (what, "pocket_scene, after - before (95 %)", "by seed", *KEYS)
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name in ROWS:
+    for name in rows:
         places = [place_of(folder / f"seed-{seed}", name) / "result.json" for seed in seeds]
         found = [json.loads(path.read_text()) for path in places if path.exists()]
         if not found:
