@@ -8,7 +8,8 @@ from diffusion_dpo.config import dump, load
 from diffusion_dpo.settings import VERBS
 
 ROOT = Path(__file__).parent.parent
-PATHS = sorted((ROOT / "configs").rglob("*.yaml"))
+LAUNCHERS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+PATHS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(LAUNCHERS))
 
 
 def test_there_are_configs_for_every_verb_that_takes_a_file() -> None:
@@ -39,3 +40,17 @@ def test_config_is_short_and_has_a_header(path: Path) -> None:
     assert any(line.startswith("# Cost: ") for line in lines)
     assert any(line.startswith("# Expect: ") for line in lines)
     assert max(map(len, lines)) <= 119
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs_as_they_are_meant(path: Path) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    command = path.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
+    assert command[1] == path.relative_to(ROOT).as_posix() and (ROOT / command[-1]).exists()
+    command[1] = str(path)
+    parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
+    assert parsed.num_processes == 8 and parsed.multi_gpu is (path.stem == "ddp")
+    environment = prepare_multi_gpu_env(parsed)
+    assert environment.get("ACCELERATE_USE_FSDP") == ("true" if path.stem == "fsdp2" else None)

@@ -48,8 +48,8 @@ def distribute(model: LoadedModel, processes: Processes) -> Accumulating:
 
 
 def _shard(model: LoadedModel) -> Accumulating:
-    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch import contiguous_format
+    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn import ModuleList
 
     found: list[FSDPModule] = []
