@@ -7,6 +7,7 @@ are too timid as well as when they are too sure, and can be compared between bet
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ def run(config: TrainConfig) -> Path:
 
     Raises ConfigError when there are no held-out pairs to judge by.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--find-beta runs in one process, and WORLD_SIZE is above 1; start it without a launcher")
     beside = config.output_dir if config.output_dir.name else config.output_dir.resolve()
     folder = beside.with_name(beside.name + "-find-beta")
     refuse_contradictions(config)
