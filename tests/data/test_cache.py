@@ -1,5 +1,6 @@
 """The latent cache gives back what the encoders made, survives being cut off, and is not used for other inputs."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import Field
 
-from diffusion_dpo.data import PreferencePair, cache
+from diffusion_dpo.data import PairSource, PreferencePair, cache
+from diffusion_dpo.data.buckets import fit
+from diffusion_dpo.data.collect import survey
+from diffusion_dpo.data.encode import Encoders
+from diffusion_dpo.data.images import decode_rgb
 from diffusion_dpo.data.shards import encode_png
 
 SIDE = 32
+
+
+def photo_of(width: int, height: int, seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return encode_png(Image.fromarray(noise))
 
 
 def make_pairs(count: int) -> list[PreferencePair]:
@@ -25,37 +36,56 @@ def make_pairs(count: int) -> list[PreferencePair]:
 
 
 class CountingEncoders:
-    """Encoders that are easy to check: latents are the image in small, conditioning is the text's length."""
+    """Encoders that are easy to check: latents are the image in small, conditioning is the text's length.
+
+    Two tensors a prompt, as SDXL has them.
+    """
 
     def __init__(self) -> None:
         self.images_seen = 0
+        self.texts_seen = 0
+        self.shapes_seen: list[tuple[int, ...]] = []
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         self.images_seen += len(images)
-        assert images.shape[1:] == (3, SIDE, SIDE)
+        self.shapes_seen.append(tuple(images.shape))
         assert images.min() >= -1
         assert images.max() <= 1
         return torch.nn.functional.avg_pool2d(images, 8) + 0 * noise[:, :3]
 
-    def make(self) -> cache.Encoders:
-        return cache.Encoders(
+    def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        self.texts_seen += len(texts)
+        lengths = torch.tensor([float(len(text)) for text in texts])
+        return {"text": lengths[:, None], "long_text": lengths[:, None, None].expand(-1, 5, 2)}
+
+    def make(self) -> Encoders:
+        return Encoders(
             images=self.encode,
-            prompts=lambda texts: {"text": torch.tensor([[float(len(text))] for text in texts])},
+            prompts=self.read,
             fingerprint="f",
-            latent_shape=(3, 4, 4),
+            latent_channels=3,
+            downscale=8,
             resolution_px=SIDE,
             dtype=torch.float32,
             batch_size=4,
         )
 
 
-def build(root: Path, pairs: list[PreferencePair], encoders: cache.Encoders, *, random_flip: bool = False):
-    ids, prompts = [pair.pair_id for pair in pairs], [pair.prompt for pair in pairs]
-    return cache.build(root, pairs, ids, prompts, encoders, random_flip=random_flip)
+class Pairs(PairSource):
+    """Pairs as they are."""
+
+    pairs: list = Field([], exclude=True)
+
+    def read(self) -> Iterator[PreferencePair]:
+        yield from self.pairs
 
 
-def expected_latents(pair: PreferencePair, side: str, encoders: cache.Encoders) -> torch.Tensor:
-    image = cache.to_square(cache.decode_rgb(getattr(pair, side)), SIDE)
+def build(root: Path, pairs: list[PreferencePair], encoders: Encoders, *, random_flip: bool = False, **settings):
+    return cache.build(root, survey(Pairs(pairs=pairs)), encoders, random_flip=random_flip, **settings)
+
+
+def expected_latents(pair: PreferencePair, side: str, encoders: Encoders) -> torch.Tensor:
+    image = fit(decode_rgb(getattr(pair, side)), (SIDE, SIDE))
     pixels = torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
     return encoders.images(pixels, torch.zeros(1, 3, 4, 4))[0]
 
@@ -71,6 +101,7 @@ def test_latents_and_conditioning_belong_to_their_pair(tmp_path: Path, monkeypat
         for row, index in enumerate(wanted):
             torch.testing.assert_close(latents[row], expected_latents(pairs[index], name, encoders))
     assert opened.conditioning([0, 1], [False, True])["text"].tolist() == [[8.0], [0.0]]
+    assert opened.conditioning([1], [False])["long_text"].tolist() == [[[8.0, 8.0]] * 5]
 
 
 def test_flipped_latents_are_those_of_the_mirrored_images(tmp_path: Path):
@@ -116,7 +147,7 @@ def test_an_interrupted_build_keeps_its_whole_files(tmp_path: Path, monkeypatch:
 
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, pairs, replace(counting.make(), images=stopping))
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["pairs-00000.safetensors"]
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["pairs-00000.safetensors"]
     build(tmp_path, pairs, counting.make())
     assert counting.images_seen == 12 + 12
 
@@ -137,24 +168,14 @@ def test_other_inputs_get_another_cache(tmp_path: Path, change: str):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("size", [(64, 32), (32, 64), (33, 47), (500, 31)])
-def test_the_crop_is_the_middle_of_the_scaled_image(size: tuple[int, int]):
-    gradient = np.zeros((size[1], size[0], 3), dtype=np.uint8)
-    gradient[:, :, 0] = np.linspace(0, 255, size[0])[None]
-    gradient[:, :, 1] = np.linspace(0, 255, size[1])[:, None]
-    square = np.asarray(cache.to_square(Image.fromarray(gradient), SIDE), dtype=float)
-    assert square.shape == (SIDE, SIDE, 3)
-    assert square[:, :, :2].mean((0, 1)) == pytest.approx([127.5, 127.5], abs=6)
-
-
 def test_masks_are_cropped_shrunk_and_mirrored_like_their_images(tmp_path: Path):
     """White on the left third of a wide image: the crop leaves a part of it, with mean 1 over the square."""
     pairs, encoders = make_pairs(2), CountingEncoders().make()
     picture = np.zeros((2 * SIDE, 4 * SIDE), np.uint8)
     picture[:, : 3 * SIDE // 2] = 255
+    pairs[1] = replace(pairs[1], chosen=photo_of(4 * SIDE, 2 * SIDE, 1), rejected=photo_of(4 * SIDE, 2 * SIDE, 2))
     pairs[1] = replace(pairs[1], mask=encode_png(Image.fromarray(picture)))
-    ids, prompts = [pair.pair_id for pair in pairs], [pair.prompt for pair in pairs]
-    opened = cache.build(tmp_path, pairs, ids, prompts, encoders, random_flip=True, masked=True)
+    opened = build(tmp_path, pairs, encoders, random_flip=True)
     plain, masked, mirrored = opened.masks([(0, 1), (1, 0), (1, 1)], [False, False, True])
     assert torch.equal(plain, torch.ones(1, 4, 4))
     assert masked.tolist() == [[[4.0, 0.0, 0.0, 0.0]] * 4]
