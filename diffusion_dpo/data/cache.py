@@ -112,7 +112,7 @@ class LatentCache:
     def _of_pair(self, name: str, pair: int, *index: int) -> "Tensor":
         number, bucket = pair // PAIRS_PER_FILE, self.bucket_of[pair]
         row = int(np.count_nonzero(self.bucket_of[number * PAIRS_PER_FILE : pair] == bucket))
-        file = _pairs_file(number)
+        file = pairs_file(number)
         try:
             return self._file(file).item(tensor_name(name, self._buckets[bucket]), row, *index)
         except (DamagedFile, OSError) as error:
@@ -120,7 +120,7 @@ class LatentCache:
             raise self._given_up(file, f"pair {record.pair_id} ({record.where})", error) from error
 
     def _of_prompt(self, number: int) -> "dict[str, Tensor]":
-        file = _prompts_file(number // PROMPTS_PER_FILE)
+        file = prompts_file(number // PROMPTS_PER_FILE)
         try:
             opened = self._file(file)
             return {name: opened.item(name, number % PROMPTS_PER_FILE) for name in opened.names}
@@ -164,8 +164,8 @@ def build(
     """
     square = encoders.resolution_px, encoders.resolution_px
     buckets = [square] if bucket_step_px is None else make_buckets(encoders.resolution_px, bucket_step_px)
-    facts = _facts(data, encoders, buckets, random_flip=random_flip)
-    folder = root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    facts = facts_of(data, encoders, buckets, random_flip=random_flip)
+    folder = folder_of(root, facts)
     missing = processes.from_main(_missing(folder, facts, data) if processes.is_main else None)
     pair_files, prompt_files = (processes.share(numbers) for numbers in missing)
     if pair_files:
@@ -181,7 +181,7 @@ def bucket_of(data: Collected, buckets: Sequence[Size]) -> np.ndarray:
     return choose_buckets(buckets, data.sizes_px("chosen"), data.sizes_px("rejected"))
 
 
-def _facts(data: Collected, encoders: Encoders, buckets: Sequence[Size], *, random_flip: bool) -> dict[str, str]:
+def facts_of(data: Collected, encoders: Encoders, buckets: Sequence[Size], *, random_flip: bool) -> dict[str, str]:
     """Return what decides the content of a cache, in words."""
     return {
         "format": str(_VERSION),
@@ -195,6 +195,11 @@ def _facts(data: Collected, encoders: Encoders, buckets: Sequence[Size], *, rand
     }
 
 
+def folder_of(root: Path, facts: dict[str, str]) -> Path:
+    """Return the folder of the cache with these facts."""
+    return root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _missing(folder: Path, facts: dict[str, str], data: Collected) -> tuple[list[int], list[int]]:
     """Return the numbers of the files of pairs and of prompts that have to be made, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -204,9 +209,9 @@ def _missing(folder: Path, facts: dict[str, str], data: Collected) -> tuple[list
     else:
         _refuse_others(folder, found, facts)
     num_prompts = 1 + len(data.prompts)
-    pair_files = [i for i in range(-(-len(data) // PAIRS_PER_FILE)) if not _whole(folder / _pairs_file(i), facts)]
+    pair_files = [i for i in range(-(-len(data) // PAIRS_PER_FILE)) if not _whole(folder / pairs_file(i), facts)]
     prompt_files = [
-        i for i in range(-(-num_prompts // PROMPTS_PER_FILE)) if not _whole(folder / _prompts_file(i), facts)
+        i for i in range(-(-num_prompts // PROMPTS_PER_FILE)) if not _whole(folder / prompts_file(i), facts)
     ]
     if pair_files or prompt_files:
         num_pairs = _num_rows(pair_files, PAIRS_PER_FILE, len(data))
@@ -238,7 +243,7 @@ def _encode_pairs(
                     pass
                 continue
             start = number * PAIRS_PER_FILE
-            with atomic_path(folder / _pairs_file(number)) as partial:
+            with atomic_path(folder / pairs_file(number)) as partial:
                 tensors = encode_pairs(
                     zip(rows, places[start : start + PAIRS_PER_FILE].tolist(), strict=True),
                     encoders,
@@ -248,7 +253,7 @@ def _encode_pairs(
                     advance=advance,
                 )
                 index_dims = {name: 2 if name.startswith("masks") else 3 for name in tensors}
-                write(partial, tensors, index_dims, facts | {"file": _pairs_file(number)})
+                write(partial, tensors, index_dims, facts | {"file": pairs_file(number)})
 
 
 def _encode_prompts(folder: Path, facts: dict[str, str], data: Collected, number: int, encoders: Encoders) -> None:
@@ -256,15 +261,17 @@ def _encode_prompts(folder: Path, facts: dict[str, str], data: Collected, number
     end = min((number + 1) * PROMPTS_PER_FILE, 1 + len(data.prompts))
     texts = [data.prompts[i - 1] if i else "" for i in range(number * PROMPTS_PER_FILE, end)]
     tensors = encode_prompts(texts, encoders)
-    with atomic_path(folder / _prompts_file(number)) as partial:
-        write(partial, tensors, dict.fromkeys(tensors, 1), facts | {"file": _prompts_file(number)})
+    with atomic_path(folder / prompts_file(number)) as partial:
+        write(partial, tensors, dict.fromkeys(tensors, 1), facts | {"file": prompts_file(number)})
 
 
-def _pairs_file(number: int) -> str:
+def pairs_file(number: int) -> str:
+    """Return the name of the file with pairs [256 number, 256 (number + 1)) in the order of the data."""
     return f"pairs-{number:05d}.safetensors"
 
 
-def _prompts_file(number: int) -> str:
+def prompts_file(number: int) -> str:
+    """Return the name of the file with prompts [1024 number, 1024 (number + 1)), of which 0 is the empty one."""
     return f"prompts-{number:05d}.safetensors"
 
 

@@ -58,7 +58,7 @@ PROMPTS = pa.schema({"text": pa.large_string(), "key": pa.uint64()})
 DROPPED = pa.schema({"where": pa.large_string(), "reason": pa.large_string(), "broken": pa.bool_()})
 """dropped.arrow: the rows that did not become pairs, in the order of the source."""
 _FILES = {"pairs.arrow": PAIRS, "prompts.arrow": PROMPTS, "dropped.arrow": DROPPED}
-_WITH_TEXT = pa.schema([pa.field("prompt", pa.large_string()) if it.name == "prompt" else it for it in PAIRS])
+SURVEYED = pa.schema([pa.field("prompt", pa.large_string()) if it.name == "prompt" else it for it in PAIRS])
 _CONTENT = [name for name in PAIRS.names if name not in ("row", "where")]
 """The columns that decide the fingerprint; the text in place of the prompt's number."""
 
@@ -221,7 +221,7 @@ class Collected:
 
 def pairs_batch(records: Iterable[PairRecord]) -> pa.RecordBatch:
     """Return records as rows for `write_index`, their prompts as text."""
-    columns: dict[str, list[Any]] = {name: [] for name in _WITH_TEXT.names}
+    columns: dict[str, list[Any]] = {name: [] for name in SURVEYED.names}
     for it in records:
         (chosen_width, chosen_height), (rejected_width, rejected_height) = it.chosen_size_px, it.rejected_size_px
         values = (
@@ -232,7 +232,7 @@ def pairs_batch(records: Iterable[PairRecord]) -> pa.RecordBatch:
         )
         for column, value in zip(columns.values(), values, strict=True):
             column.append(value)
-    return pa.RecordBatch.from_pydict(columns, _WITH_TEXT)
+    return pa.RecordBatch.from_pydict(columns, SURVEYED)
 
 
 def write_index(
