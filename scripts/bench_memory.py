@@ -81,12 +81,13 @@ def main() -> None:
 
 
 def settings(folder: Path, num_pairs: int) -> TrainConfig:
-    """The settings of the run: what `diffusion-dpo train` takes unless told otherwise, without previews."""
+    """The settings of the run: what `diffusion-dpo train` takes unless told otherwise, with a short evaluation and no previews."""
     overrides = [
         "data.type=bench_memory:CachedPairs",
         f"data.num_pairs={num_pairs}",
         f"max_steps={NUM_STEPS}",
         "preview=null",
+        "evaluation.max_pairs=8",
         "device=cpu",
         f"cache_dir={folder / 'cache'}",
         f"output_dir={folder / 'run'}",

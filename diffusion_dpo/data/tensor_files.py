@@ -11,7 +11,7 @@ import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,13 +62,8 @@ class TensorFile:
         try:
             header = json.loads(self._read(8, size))
             self.facts: dict[str, str] = json.loads(header.pop("__metadata__")["facts"])
-            self._tensors = {
-                name: (np.dtype(_DTYPES[it["dtype"]]), tuple(it["shape"]), 8 + size + it["data_offsets"][0])
-                for name, it in header.items()
-            }
+            self._tensors = {name: _place(it, 8 + size) for name, it in header.items()}
             end = 8 + size + max((it["data_offsets"][1] for it in header.values()), default=0)
-        except DamagedFile:
-            raise
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise DamagedFile("its header is damaged") from error
         actual = os.fstat(self._handle).st_size
@@ -91,7 +86,9 @@ class TensorFile:
         return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape[len(index) :]))
 
     def _item_bytes(self, name: str, index: Sequence[int]) -> bytearray:
-        dtype, shape, offset = self._tensors[name]
+        dtype, shape, offset = self._tensors.get(name, (np.dtype(np.uint8), (), 0))
+        if len(shape) < len(index) or any(i >= length for i, length in zip(index, shape, strict=False)):
+            raise DamagedFile(f"it lacks {name!r} {list(index)}")
         position = int(np.ravel_multi_index(tuple(index), shape[: len(index)]))
         size = dtype.itemsize * math.prod(shape[len(index) :])
         return self._read(offset + position * size, size)
@@ -101,3 +98,12 @@ class TensorFile:
         if os.preadv(self._handle, [data], offset) != size:
             raise DamagedFile("it ends too early")
         return data
+
+
+def _place(entry: dict[str, Any], start: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Return the type, the shape and the offset of a tensor from its entry in a header; raises ValueError."""
+    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    first, end = entry["data_offsets"]
+    if end - first != math.prod(shape) * dtype.itemsize or first < 0:
+        raise ValueError("its size is not that of its shape")
+    return dtype, shape, start + first
