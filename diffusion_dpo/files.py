@@ -12,8 +12,8 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 
 MANIFEST = "manifest.json"
-_PREAMBLE = {MANIFEST, "config.yaml", "environment.json"}
-"""What a verb writes into its folder before it makes anything."""
+_PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
+"""What a verb writes into its folder before it makes anything that is bound to its settings."""
 
 
 @contextmanager

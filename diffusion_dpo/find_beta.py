@@ -67,13 +67,17 @@ def run(config: TrainConfig) -> Path:
     config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
-    data = collect.collect(cast(PairSource, config.data), max_broken_share=config.max_broken_share)
-    if not hold_out(config, data)[1]:
+    index_dir = (config.cache_dir or folder / "cache") / "index"
+    data = collect.collect(
+        cast(PairSource, config.data), max_broken_share=config.max_broken_share, index_dir=index_dir
+    )
+    if not len(hold_out(config, data)[1]):
         raise ConfigError(
             "no pairs are held out to judge the probes by: there are too few, or evaluation.share is 0, or the data "
             "are single images"
         )
     with claim(folder, "find-beta", {}):
+        data.save(index_dir)
         model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
         probes = list(_probe_all(prepare(config, model, data, dtype), dtype))
         rows = [{"beta": p.beta, "learning_rate": p.learning_rate, "metrics": p.metrics} for p in probes]

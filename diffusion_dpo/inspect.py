@@ -16,10 +16,11 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, show
 from diffusion_dpo.data import Dropped, PairSource
 from diffusion_dpo.data.candidates import IMAGE_SUFFIXES, Candidate, Unit, find_units
-from diffusion_dpo.data.collect import Collected, describe_drops, in_order, survey
+from diffusion_dpo.data.collect import describe_drops, in_order, survey
 from diffusion_dpo.data.contact_sheet import GREEN, GREY, RED, Block, Tile, draw_sheet
 from diffusion_dpo.data.folder import EXAMPLE, METADATA, FolderData, read_metadata
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
+from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.labelled import EXAMPLE as LABELLED_EXAMPLE
 from diffusion_dpo.data.labelled import KEYS as LABELLED_KEYS
 from diffusion_dpo.data.labelled import LabelledData
@@ -105,7 +106,7 @@ def _recognise(path: Path) -> PairSource | None:
 
 def _inspect_pairs(path: Path, source: PairSource, num_images: int) -> _Findings:
     found = survey(source)
-    records = found.records
+    records = list(found.records)
     prompts = [record.prompt for record in records]
     num_pairs = sum(record.is_pair for record in records)
     sizes = [size for r in records for size in (r.chosen_size_px, r.rejected_size_px) if any(size)]

@@ -11,11 +11,13 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from diffusion_dpo import card, interrupt
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PairSource, collect
-from diffusion_dpo.data.prompts import prompt_hash
+from diffusion_dpo.data.prompts import key_hash
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish
 from diffusion_dpo.models import DiffusionModel, LoadedModel
@@ -77,7 +79,8 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
     source = cast(PairSource, config.data)
     if not processes.is_main:
         processes.wait()  # until the main process has checked the data and taken the folder
-    data = collect.collect(source, max_broken_share=config.max_broken_share)
+    index_dir = (config.cache_dir or config.output_dir / "cache") / "index"
+    data = collect.collect(source, max_broken_share=config.max_broken_share, index_dir=index_dir)
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "precision": str(dtype).removeprefix("torch."),
@@ -85,15 +88,15 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
         "encoders": model.encoder_hash,
         "data": {**config.data.model_dump(mode="json"), "content": data.fingerprint},
     }
-    prompts = [record.prompt for record in data.records]
     with claim(config.output_dir, "train", identity) if processes.is_main else nullcontext():
         if processes.is_main:
             _write_text(config.output_dir / "config.yaml", dump(config))
             card.write_environment(config.output_dir / "environment.json")
+            data.save(index_dir)
             processes.wait()
         state = prepare(config, model, data, dtype, processes)
         state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        trained_to = _train(state, prompts)
+        trained_to = _train(state, data.prompts[:4])
         with state.as_result():
             gather(state)
             adapter = card.save_model(model, config.output_dir) if processes.is_main else config.output_dir
@@ -104,7 +107,7 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
             "num_held_out": num_held_out,
             "drops": data.drops,
             "labelled_by": source.labelled_by(),
-            "prompt_hashes": _prompt_hashes(prompts),
+            "prompt_hashes": _prompt_hashes(data.prompt_keys),
         }
         if processes.is_main:
             card.write_card(config, adapter, facts)
@@ -215,9 +218,9 @@ def _note(metrics: Mapping[str, float]) -> str:
     return f"loss {metrics['loss']:.4f}" + (f", accuracy {accuracy:.2f}" if accuracy is not None else "")
 
 
-def _prompt_hashes(prompts: Sequence[str]) -> list[str]:
+def _prompt_hashes(keys: np.ndarray) -> list[str]:
     """Return by what `compare` recognises the prompts that were trained on; of very many, a part that is theirs."""
-    return sorted({prompt_hash(prompt) for prompt in prompts})[:_MAX_PROMPT_HASHES]
+    return [key_hash(key) for key in np.unique(keys)[:_MAX_PROMPT_HASHES].tolist()]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from random_models import LAYOUTS, make_pipeline
+from random_models import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion_dpo.config import load

@@ -59,6 +59,13 @@ class PairSource(Plugin):
         """Return how many rows `read` yields, for the progress bar; override it where counting is cheaper."""
         return sum(1 for _ in self.read())
 
+    def stamp(self) -> str | None:
+        """Return a text that changes whenever what `read` yields does, without reading the images: see `stamps.py`.
+
+        None: not known. Then every start looks at all of the data again.
+        """
+        return None
+
     def labelled_by(self) -> tuple[str, ...]:
         """Return the metrics that decided which image is chosen; () when people did, or when it is not known."""
         return ()

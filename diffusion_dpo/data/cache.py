@@ -1,62 +1,68 @@
 """The latent cache: training steps read nothing else, and no step decodes or encodes an image.
 
 VAE latents of both sides of every pair, its mask, and the text embedding of every distinct prompt, in safetensors
-files that are memory-mapped. Each file is written whole or not at all, so an interrupted build goes on where it
-stopped. The folder's name is a hash of everything that decides the content.
+files. Each file is written whole or not at all, so an interrupted build goes on where it stopped, and says itself what
+it was made of. The folder's name is a hash of everything that decides the content; `facts.json` says it in words.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
-from diffusion_dpo.data import PreferencePair
-from diffusion_dpo.data.images import decode_rgb, middle_square
-from diffusion_dpo.files import atomic_path
+from diffusion_dpo.data.buckets import Size, choose_buckets, crop_offsets, make_buckets
+from diffusion_dpo.data.encode import SIDES, Encoders, encode_pairs, encode_prompts, tensor_name
+from diffusion_dpo.data.index import Collected
+from diffusion_dpo.data.tensor_files import DamagedFile, TensorFile, write
+from diffusion_dpo.files import atomic_path, write_json
+from diffusion_dpo.processes import Processes
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 PAIRS_PER_FILE = 256
 PROMPTS_PER_FILE = 1024
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """What turns images and prompts into what the denoiser sees; the model's own methods."""
-
-    images: "Callable[[Tensor, Tensor], Tensor]"
-    """(B, 3, H, W) in [-1, 1] and posterior noise (B, C, h, w) -> latents (B, C, h, w), float32."""
-    prompts: "Callable[[Sequence[str]], dict[str, Tensor]]"
-    """Prompts -> named tensors with leading dimension len(prompts), float32."""
-    fingerprint: str
-    latent_shape: tuple[int, int, int]
-    resolution_px: int
-    dtype: "torch.dtype"
-    """Storage format: float32, or float16 where the frozen parts are half precision."""
-    batch_size: int = 8
-    """Pairs that are encoded at once."""
+_MAX_OPEN_FILES = 128
+"""Of the 1024 that a process usually may open; the workers of a DataLoader have their own."""
+_FACTS = "facts.json"
+_VERSION = 2
+_WORDS = {
+    "format": "format",
+    "encoders": "VAE or text encoders",
+    "dtype": "precision",
+    "resolution_px": "resolution",
+    "buckets_px": "buckets",
+    "latents": "shape of latents",
+    "mirrored": "random_flip",
+    "data": "data",
+    "file": "part of the cache",
+}
+"""What a fact is about, for a message."""
 
 
 class LatentCache:
-    """Read access: latents of pairs and conditioning of prompts, by index."""
+    """Read access: latents of pairs and conditioning of prompts, by index. Keeps a few files open, and no tensors."""
 
-    def __init__(self, folder: Path, prompts: Sequence[str]) -> None:
-        """Open a built cache; `prompts[i]` is the prompt of pair i."""
-        self._folder = folder
-        self._prompt_index = {text: i for i, text in enumerate(_distinct(prompts))}
-        self._prompts = list(prompts)
-        self._open: dict[str, Any] = {}
-        self._is_masked = "masks" in self._file("pairs-00000").keys()  # noqa: SIM118 - a safetensors handle, no dict
+    def __init__(
+        self, folder: Path, facts: dict[str, str], data: Collected, buckets: Sequence[Size], encoders: Encoders
+    ) -> None:
+        """Open a built cache."""
+        self._folder, self._facts, self._data = folder, facts, data
+        self._buckets = list(buckets)
+        self._codes = data.prompt_codes
+        self._has_masks = data.has_masks
+        self._open: OrderedDict[str, TensorFile] = OrderedDict()
+        self.bucket_of = bucket_of(data, self._buckets)
+        """The number of every pair's bucket, int16 (N,)."""
+        self.shapes = [encoders.latent_shape(size) for size in self._buckets]
+        """The latents' shape (C, h, w) in every bucket."""
 
     @property
     def name(self) -> str:
@@ -64,11 +70,14 @@ class LatentCache:
         return self._folder.name
 
     def latents(self, images: Sequence[tuple[int, int]], flip: Sequence[bool]) -> "Tensor":
-        """Return the latents (N, C, h, w), float32, of images, each named by its pair and its side: 0 is chosen."""
+        """Return the latents (N, C, h, w), float32, of images of one bucket, each named by its pair and its side.
+
+        Side 0 is chosen. Raises ConfigError when a file is damaged.
+        """
         import torch
 
         rows = [
-            self._row(f"pairs-{pair // PAIRS_PER_FILE:05d}", "latents", pair % PAIRS_PER_FILE)[int(mirrored), side]
+            self._of_pair("latents", pair, int(mirrored), side)
             for (pair, side), mirrored in zip(images, flip, strict=True)
         ]
         return torch.stack(rows).float()
@@ -77,192 +86,238 @@ class LatentCache:
         """Return how much each latent position counts, (N, 1, h, w), mean 1 each; None where no pair has a mask."""
         import torch
 
-        if not self._is_masked:
+        if not self._has_masks:
             return None
-        rows = [
-            self._row(f"pairs-{pair // PAIRS_PER_FILE:05d}", "masks", pair % PAIRS_PER_FILE)[int(mirrored)]
-            for (pair, _), mirrored in zip(images, flip, strict=True)
-        ]
+        rows = [self._of_pair("masks", pair, int(mirrored)) for (pair, _), mirrored in zip(images, flip, strict=True)]
         return torch.stack(rows)[:, None]
 
     def conditioning(self, indices: Sequence[int], drop: Sequence[bool]) -> "dict[str, Tensor]":
         """Return the conditioning of the pairs' prompts, float32; of the empty prompt where `drop` is true."""
         import torch
 
-        wanted = [
-            self._prompt_index["" if dropped else self._prompts[i]] for i, dropped in zip(indices, drop, strict=True)
-        ]
-        file = f"prompts-{wanted[0] // PROMPTS_PER_FILE:05d}"
-        return {
-            name: torch.stack(
-                [self._row(f"prompts-{i // PROMPTS_PER_FILE:05d}", name, i % PROMPTS_PER_FILE) for i in wanted]
-            ).float()
-            for name in self._file(file).keys()  # noqa: SIM118 - a safetensors handle, not a dict
-        }
+        wanted = [0 if dropped else 1 + int(self._codes[i]) for i, dropped in zip(indices, drop, strict=True)]
+        rows = [self._of_prompt(number) for number in wanted]
+        return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]}
 
-    def _file(self, name: str) -> Any:
-        from safetensors import safe_open
+    def sizes(self, images: Sequence[tuple[int, int]]) -> "Tensor":
+        """Return what SDXL is told of the sizes of images, int64 (N, 6), in px.
 
+        Original height and width of each image, top and left of its crop in the scaled image, height and width of its
+        bucket.
+        """
+        import torch
+
+        pairs, sides = np.array(images, dtype=np.int64).reshape(-1, 2).T
+        chosen, rejected = (self._data.sizes_px(side, pairs) for side in SIDES)
+        original = np.where(sides[:, None] == 0, chosen, rejected)
+        target = np.array(self._buckets)[self.bucket_of[pairs]]
+        columns = (original[:, ::-1], crop_offsets(original, target), target[:, ::-1])
+        return torch.from_numpy(np.concatenate(columns, axis=1).astype(np.int64))
+
+    def _of_pair(self, name: str, pair: int, *index: int) -> "Tensor":
+        number, bucket = pair // PAIRS_PER_FILE, self.bucket_of[pair]
+        row = int(np.count_nonzero(self.bucket_of[number * PAIRS_PER_FILE : pair] == bucket))
+        file = pairs_file(number)
+        try:
+            return self._file(file).item(tensor_name(name, self._buckets[bucket]), row, *index)
+        except (DamagedFile, OSError) as error:
+            record = self._data.records[pair]
+            raise self._given_up(file, f"pair {record.pair_id} ({record.where})", error) from error
+
+    def _of_prompt(self, number: int) -> "dict[str, Tensor]":
+        file = prompts_file(number // PROMPTS_PER_FILE)
+        try:
+            opened = self._file(file)
+            return {name: opened.item(name, number % PROMPTS_PER_FILE) for name in opened.names}
+        except (DamagedFile, OSError) as error:
+            text = self._data.prompts[number - 1] if number else ""
+            raise self._given_up(file, f"prompt {text!r}", error) from error
+
+    def _file(self, name: str) -> TensorFile:
+        """Return a file, from the few that are kept open."""
         if name not in self._open:
-            self._open[name] = safe_open(self._folder / f"{name}.safetensors", "pt")
+            self._open[name] = _open(self._folder / name, self._facts)
+            if len(self._open) > _MAX_OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
         return self._open[name]
 
-    def _row(self, file: str, tensor: str, row: int) -> "Tensor":
-        return self._file(file).get_slice(tensor)[row : row + 1][0]
+    def _given_up(self, file: str, what: str, error: Exception) -> ConfigError:
+        """Remove a damaged file, which the next build makes again, and return what to tell."""
+        self._open.pop(file, None)
+        (self._folder / file).unlink(missing_ok=True)
+        return ConfigError(
+            f"{self._folder / file} is damaged at {what}: {error}; it was removed, and the same command encodes it "
+            "again and goes on"
+        )
 
 
 def build(
     root: Path,
-    pairs: Iterable[PreferencePair],
-    pair_ids: Sequence[str],
-    prompts: Sequence[str],
+    data: Collected,
     encoders: Encoders,
     *,
     random_flip: bool,
-    masked: bool = False,
+    bucket_step_px: int | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - frozen
 ) -> LatentCache:
     """Encode what is not cached yet under `root` and return the open cache.
 
-    `pairs` yields the pairs of `pair_ids`, in that order; it is read only when something is missing. `masked` says
-    whether any of them has a mask.
+    Images are squares, or in buckets whose sides are multiples of `bucket_step_px`. Every missing file is made by
+    exactly one of the processes, all of which call this. The data is read only when something is missing. Raises
+    ConfigError when a file is of other encoders, another resolution or other data than its name says.
     """
-    folder = root / _key(pair_ids, prompts, encoders, random_flip=random_flip)
+    square = encoders.resolution_px, encoders.resolution_px
+    buckets = [square] if bucket_step_px is None else make_buckets(encoders.resolution_px, bucket_step_px)
+    facts = facts_of(data, encoders, buckets, random_flip=random_flip)
+    folder = folder_of(root, facts)
+    missing = processes.from_main(_missing(folder, facts, data) if processes.is_main else None)
+    pair_files, prompt_files = (processes.share(numbers) for numbers in missing)
+    if pair_files:
+        _encode_pairs(folder, facts, data, pair_files, encoders, buckets, random_flip=random_flip)
+    for number in prompt_files:
+        _encode_prompts(folder, facts, data, number, encoders)
+    processes.wait()
+    return LatentCache(folder, facts, data, buckets, encoders)
+
+
+def bucket_of(data: Collected, buckets: Sequence[Size]) -> np.ndarray:
+    """Return the number of every pair's bucket, int16 (N,)."""
+    return choose_buckets(buckets, data.sizes_px("chosen"), data.sizes_px("rejected"))
+
+
+def facts_of(data: Collected, encoders: Encoders, buckets: Sequence[Size], *, random_flip: bool) -> dict[str, str]:
+    """Return what decides the content of a cache, in words."""
+    return {
+        "format": str(_VERSION),
+        "encoders": encoders.fingerprint,
+        "dtype": str(encoders.dtype).removeprefix("torch."),
+        "resolution_px": str(encoders.resolution_px),
+        "buckets_px": " ".join(f"{width}x{height}" for width, height in buckets),
+        "latents": f"{encoders.latent_channels} channels, 1/{encoders.downscale} of the side",
+        "mirrored": "both ways" if random_flip else "as they are",
+        "data": data.fingerprint,
+    }
+
+
+def folder_of(root: Path, facts: dict[str, str]) -> Path:
+    """Return the folder of the cache with these facts."""
+    return root / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _missing(folder: Path, facts: dict[str, str], data: Collected) -> tuple[list[int], list[int]]:
+    """Return the numbers of the files of pairs and of prompts that have to be made, and say so."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = _distinct(prompts)
-    num_files = -(-len(pair_ids) // PAIRS_PER_FILE)
-    missing = {number for number in range(num_files) if not _whole(folder / f"pairs-{number:05d}.safetensors")}
-    if missing:
-        todo = sum(min(PAIRS_PER_FILE, len(pair_ids) - number * PAIRS_PER_FILE) for number in missing)
-        say(f"cache: encoding {todo} pairs and {len(texts)} prompts at {encoders.resolution_px} px into {folder}")
-        _encode_pairs(folder, pairs, missing, todo, encoders, random_flip=random_flip, masked=masked)
+    found = _read_facts(folder / _FACTS)
+    if found is None:
+        write_json(folder / _FACTS, facts)
     else:
-        say(f"cache: {len(pair_ids)} pairs at {encoders.resolution_px} px are encoded already in {folder}")
-    for number in range(-(-len(texts) // PROMPTS_PER_FILE)):
-        path = folder / f"prompts-{number:05d}.safetensors"
-        if not _whole(path):
-            _encode_prompts(path, texts[number * PROMPTS_PER_FILE : (number + 1) * PROMPTS_PER_FILE], encoders)
-    return LatentCache(folder, prompts)
-
-
-def to_square(image: Image.Image, side_px: int) -> Image.Image:
-    """Cut out the largest square in the middle and scale it to `side_px`: the one crop of every image."""
-    if image.size == (side_px, side_px):
-        return image
-    return image.resize((side_px, side_px), Image.Resampling.LANCZOS, box=middle_square(image.size))
+        _refuse_others(folder, found, facts)
+    num_prompts = 1 + len(data.prompts)
+    pair_files = [i for i in range(-(-len(data) // PAIRS_PER_FILE)) if not _whole(folder / pairs_file(i), facts)]
+    prompt_files = [
+        i for i in range(-(-num_prompts // PROMPTS_PER_FILE)) if not _whole(folder / prompts_file(i), facts)
+    ]
+    if pair_files or prompt_files:
+        num_pairs = _num_rows(pair_files, PAIRS_PER_FILE, len(data))
+        num_texts = _num_rows(prompt_files, PROMPTS_PER_FILE, num_prompts)
+        say(f"cache: encoding {num_pairs} pairs and {num_texts} prompts at {facts['resolution_px']} px into {folder}")
+    else:
+        say(f"cache: {len(data)} pairs at {facts['resolution_px']} px are encoded already in {folder}")
+    return pair_files, prompt_files
 
 
 def _encode_pairs(
     folder: Path,
-    pairs: Iterable[PreferencePair],
-    missing: set[int],
-    todo: int,
+    facts: dict[str, str],
+    data: Collected,
+    numbers: Sequence[int],
     encoders: Encoders,
+    buckets: Sequence[Size],
     *,
     random_flip: bool,
-    masked: bool,
 ) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    stream = iter(pairs)
-    with progress("cache", todo, "pairs") as advance:
-        for number in range(max(missing) + 1):
-            file_pairs = list(islice(stream, PAIRS_PER_FILE))
-            if number not in missing:
+    wanted = set(numbers)
+    places = bucket_of(data, buckets)
+    stream = iter(data)
+    with progress("cache", _num_rows(numbers, PAIRS_PER_FILE, len(data)), "pairs") as advance:
+        for number in range(max(wanted) + 1):
+            rows = islice(stream, PAIRS_PER_FILE)
+            if number not in wanted:
+                for _ in rows:  # passed over one by one: a file of pairs may be gigabytes of images
+                    pass
                 continue
-            latents = []
-            for start in range(0, len(file_pairs), encoders.batch_size):
-                batch = file_pairs[start : start + encoders.batch_size]
-                latents.append(_encode_batch(batch, encoders, random_flip=random_flip))
-                advance(len(batch))
-            tensors = {"latents": torch.cat(latents)}
-            if masked:
-                masks = [_encode_mask(pair.mask, encoders, random_flip=random_flip) for pair in file_pairs]
-                tensors["masks"] = torch.stack(masks)
-            with atomic_path(folder / f"pairs-{number:05d}.safetensors") as partial:
-                save_file(tensors, partial)
+            start = number * PAIRS_PER_FILE
+            with atomic_path(folder / pairs_file(number)) as partial:
+                tensors = encode_pairs(
+                    zip(rows, places[start : start + PAIRS_PER_FILE].tolist(), strict=True),
+                    encoders,
+                    buckets,
+                    random_flip=random_flip,
+                    masked=data.has_masks,
+                    advance=advance,
+                )
+                index_dims = {name: 2 if name.startswith("masks") else 3 for name in tensors}
+                write(partial, tensors, index_dims, facts | {"file": pairs_file(number)})
 
 
-def _encode_batch(batch: Sequence[PreferencePair], encoders: Encoders, *, random_flip: bool) -> "Tensor":
-    """Return latents (B, 1 or 2 mirrored, 2 sides, C, h, w) in the storage format; zeros for a side not there."""
-    import torch
-
-    noise = torch.stack([_posterior_noise(pair, encoders.latent_shape) for pair in batch])
-    sides = []
-    for side in ("chosen", "rejected"):
-        there = [i for i, pair in enumerate(batch) if getattr(pair, side)]
-        encoded = torch.zeros(len(batch), 1 + random_flip, *encoders.latent_shape)
-        if there:
-            images = [to_square(decode_rgb(getattr(batch[i], side)), encoders.resolution_px) for i in there]
-            array = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-            pixels = array.permute(0, 3, 1, 2).float() / 127.5 - 1
-            views = [pixels, pixels.flip(3)] if random_flip else [pixels]
-            encoded[there] = torch.stack([encoders.images(view, noise[there]).cpu() for view in views], dim=1)
-        sides.append(encoded)
-    return torch.stack(sides, dim=2).to(encoders.dtype)
+def _encode_prompts(folder: Path, facts: dict[str, str], data: Collected, number: int, encoders: Encoders) -> None:
+    """Write one file of prompts. The empty one (for prompt dropout) is the first of all, then come the data's."""
+    end = min((number + 1) * PROMPTS_PER_FILE, 1 + len(data.prompts))
+    texts = [data.prompts[i - 1] if i else "" for i in range(number * PROMPTS_PER_FILE, end)]
+    tensors = encode_prompts(texts, encoders)
+    with atomic_path(folder / prompts_file(number)) as partial:
+        write(partial, tensors, dict.fromkeys(tensors, 1), facts | {"file": prompts_file(number)})
 
 
-def _encode_mask(data: bytes, encoders: Encoders, *, random_flip: bool) -> "Tensor":
-    """Return (1 or 2 mirrored, h, w), float32, mean 1: white over each position; ones where there is no mask."""
-    import torch
-
-    height, width = encoders.latent_shape[1:]
-    mask = torch.ones(height, width)
-    if data:
-        image = decode_rgb(data).convert("F")
-        small = image.resize((width, height), Image.Resampling.BOX, box=middle_square(image.size))
-        mask = torch.from_numpy(np.array(small))
-        mask = mask / mask.mean()
-    return torch.stack([mask, mask.flip(1)] if random_flip else [mask])
+def pairs_file(number: int) -> str:
+    """Return the name of the file with pairs [256 number, 256 (number + 1)) in the order of the data."""
+    return f"pairs-{number:05d}.safetensors"
 
 
-def _posterior_noise(pair: PreferencePair, shape: tuple[int, int, int]) -> "Tensor":
-    """The noise that samples the VAE's posterior: one for both images of a pair, so equal images stay equal."""
-    import torch
-
-    seed = int.from_bytes(hashlib.sha256(pair.pair_id.encode()).digest()[:8], "big") >> 1
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def prompts_file(number: int) -> str:
+    """Return the name of the file with prompts [1024 number, 1024 (number + 1)), of which 0 is the empty one."""
+    return f"prompts-{number:05d}.safetensors"
 
 
-def _encode_prompts(path: Path, texts: Sequence[str], encoders: Encoders) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    size = 32
-    parts = [encoders.prompts(texts[start : start + size]) for start in range(0, len(texts), size)]
-    joined = {name: torch.cat([part[name].cpu() for part in parts]).to(encoders.dtype) for name in parts[0]}
-    with atomic_path(path) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in joined.items()}, partial)
+def _num_rows(numbers: Sequence[int], size: int, total: int) -> int:
+    """Return how many of `total` rows are in the files of these numbers, of `size` rows each."""
+    return sum(min(size, total - number * size) for number in numbers)
 
 
-def _distinct(prompts: Sequence[str]) -> list[str]:
-    """The empty prompt first (for prompt dropout), then every prompt once, in order of appearance."""
-    return list(dict.fromkeys(["", *prompts]))
-
-
-def _whole(path: Path) -> bool:
+def _whole(path: Path, facts: dict[str, str]) -> bool:
     """Whether a file of the cache is there and complete; a damaged one is named and made again."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.exists():
         return False
     try:
-        with safe_open(path, "pt"):
-            return True
-    except SafetensorError as error:
+        _open(path, facts)
+    except DamagedFile as error:
         warn(f"{path} is damaged ({error}) and is encoded again")
         return False
+    return True
 
 
-def _key(pair_ids: Sequence[str], prompts: Sequence[str], encoders: Encoders, *, random_flip: bool) -> str:
-    facts = [
-        _VERSION,
-        encoders.fingerprint,
-        encoders.resolution_px,
-        str(encoders.dtype),
-        encoders.latent_shape,
-        random_flip,
-        list(pair_ids),
-        list(prompts),
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+def _open(path: Path, facts: dict[str, str]) -> TensorFile:
+    """Open a file of the cache; raises DamagedFile, and ConfigError when it holds something else than it should."""
+    file = TensorFile(path)
+    _refuse_others(path, file.facts, facts | {"file": path.name})
+    return file
+
+
+def _read_facts(path: Path) -> dict[str, str] | None:
+    """Return what a folder says of itself, None where that is missing or damaged: its files know better."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _refuse_others(path: Path, found: dict[str, str], facts: dict[str, str]) -> None:
+    """Raise ConfigError, naming the first fact that differs, when something was copied or renamed."""
+    for name, expected in facts.items():
+        if found.get(name) != expected:
+            raise ConfigError(
+                f"{path} is not what its name says, but of another {_WORDS[name]} ({name}: {found.get(name)!r} there, "
+                f"{expected!r} here); it was copied or renamed: remove it, or choose another cache_dir"
+            )

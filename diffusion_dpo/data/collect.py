@@ -1,163 +1,130 @@
 """From whatever a PairSource yields to pairs that can be trained on: every image decodes, every pair says one thing.
 
-Pixels and encoded bytes are not kept; a Collected holds light records and reads the source again when it is iterated.
+Pixels and encoded bytes are not kept; a Collected is an index on disk and reads the source again when it is iterated.
 """
 
 import hashlib
 import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, middle_square, pixel_hash
+from diffusion_dpo.data.index import Collected, PairRecord, find_index, open_index, pairs_batch, write_index
 
 _ITEMS_AT_ONCE = 64
+_ROWS_PER_BATCH = 4096
 _MAX_THREADS = 8
 _NAMES_SHOWN = 3
+_BOTH_DIRECTIONS = "labelled in both directions"
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, slots=True)
-class PairRecord:
-    """What is kept of a pair: everything but its images.
-
-    Sizes are (width, height) in px, uids are pixel hashes; (0, 0) and "" for the side that an image judged by itself
-    does not have.
-    """
-
-    row: int
-    """Position among all that the source yields."""
-    where: str
-    pair_id: str
-    prompt: str
-    label_prob: float
-    chosen_size_px: tuple[int, int]
-    rejected_size_px: tuple[int, int]
-    chosen_uid: str
-    rejected_uid: str
-    chosen_scores: dict[str, float]
-    rejected_scores: dict[str, float]
-    margin: float | None
-    has_mask: bool = False
-
-    @property
-    def is_pair(self) -> bool:
-        """Whether both sides are there."""
-        return bool(self.chosen_uid and self.rejected_uid)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The good pairs of a source, in its order, and what was dropped. Iterating reads the source again."""
-
-    source: PairSource
-    records: tuple[PairRecord, ...]
-    dropped: tuple[Dropped, ...]
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __iter__(self) -> Iterator[PreferencePair]:
-        """Yield the pairs with their encoded images; raises ConfigError when the data is not what it was."""
-        records = iter(self.records)
-        record = next(records, None)
-        for row, item in enumerate(self.source.read()):
-            if record is None:
-                return
-            if row != record.row:
-                continue
-            if not isinstance(item, PreferencePair) or item.pair_id != record.pair_id:
-                raise ConfigError(f"{record.where} changed while it was being used; start again")
-            yield replace(item, chosen_uid=record.chosen_uid, rejected_uid=record.rejected_uid)
-            record = next(records, None)
-        if record is not None:
-            raise ConfigError(f"{record.where} is gone since the data was checked; start again")
-
-    @property
-    def drops(self) -> dict[str, int]:
-        """How many rows were dropped, by reason, the commonest first."""
-        return dict(Counter(drop.reason for drop in self.dropped).most_common())
-
-    @property
-    def broken_share(self) -> float:
-        """Share of all rows that are broken, in [0, 1]."""
-        total = len(self.records) + len(self.dropped)
-        return sum(drop.broken for drop in self.dropped) / total if total else 0.0
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the pairs, their order, labels and scores; 32 hex digits."""
-        digest = hashlib.sha256()
-        for record in self.records:
-            scores = (record.chosen_scores, record.rejected_scores)
-            line = [record.pair_id, record.label_prob, record.margin, *scores]
-            digest.update(json.dumps(line, sort_keys=True).encode())
-        return digest.hexdigest()[:32]
-
-
-def collect(source: PairSource, *, max_broken_share: float) -> Collected:
+def collect(source: PairSource, *, max_broken_share: float, index_dir: Path | None = None) -> Collected:
     """Check every row of a source, say what was dropped and why, and return what is left.
 
-    Raises ConfigError when nothing is left, or when more than `max_broken_share` of the rows are broken.
+    An index of the same data in `index_dir` is taken instead of looking at the data; nothing is written there, which
+    is `Collected.save`. Raises ConfigError when nothing is left, or when more than `max_broken_share` of the rows are
+    broken.
     """
-    found = survey(source)
-    total = len(found.records) + len(found.dropped)
+    indexed = find_index(source, index_dir) if index_dir is not None else None
+    found = indexed or survey(source)
+    dropped = found.dropped
+    total = len(found) + len(dropped)
     name = f"the data ({source.type or type(source).__name__})"
     if found.broken_share > max_broken_share:
         raise ConfigError(
             f"{found.broken_share:.0%} of the {total} rows of {name} are broken, more than max_broken_share = "
             f"{max_broken_share:g}; mend them, or raise max_broken_share:\n"
-            + "\n".join(describe_drops(drop for drop in found.dropped if drop.broken))
+            + "\n".join(describe_drops(drop for drop in dropped if drop.broken))
         )
-    lines = list(describe_drops(found.dropped))
-    if not found.records:
+    lines = list(describe_drops(dropped))
+    if not len(found):
         why = f"all {total} rows were dropped:\n" + "\n".join(lines) if total else "it has no rows"
         raise ConfigError(f"no pairs are left of {name}: {why}")
-    say(f"{len(found)} pairs of {total} rows of {name}")
+    say(f"{len(found)} pairs of {total} rows of {name}" + (", as indexed before" if indexed else ""))
     if lines:
-        tell = warn if any(drop.broken for drop in found.dropped) else say
-        tell("\n".join([f"dropped {len(found.dropped)} rows:", *lines]))
+        tell = warn if any(drop.broken for drop in dropped) else say
+        tell("\n".join([f"dropped {len(dropped)} rows:", *lines]))
     return found
 
 
 def survey(source: PairSource) -> Collected:
-    """Decode and compare every row of a source, judging nothing: `collect` without messages and limits.
+    """Decode and compare every row of a source, judging nothing: `collect` without messages, limits and shortcuts.
 
     Dropped are, beside what the source drops itself: images that do not decode, two images with equal pixels, a pair
     that was there before (whichever file format holds it), and pairs that are labelled in both directions.
     """
-    kept: dict[tuple[str, ...], PairRecord] = {}
-    contradictory: set[tuple[str, ...]] = set()
-    dropped: list[Dropped] = []
+    stamp = source.stamp()
+    seen = _Seen()
+    batches: list[pa.RecordBatch] = [pairs_batch([])]
+    waiting: list[PairRecord] = []
+    dropped: list[tuple[int, Dropped]] = []
     with progress("checking pairs", source.num_rows(), "pairs") as advance:
-        for checked in in_order(_check, enumerate(source.read())):
+        for row, checked in enumerate(in_order(_check, enumerate(source.read()))):
             advance()
-            if isinstance(checked, Dropped):
-                dropped.append(checked)
+            fault = checked if isinstance(checked, Dropped) else seen.fault(checked)
+            if fault is not None:
+                dropped.append((row, fault))
                 continue
-            key = (checked.prompt, *sorted((checked.chosen_uid, checked.rejected_uid)))
-            before = kept.get(key)
-            if key in contradictory or (before is not None and _contradict(before, checked)):
-                contradictory.add(key)
-                places = [checked.where] if before is None else [before.where, checked.where]
-                dropped += [Dropped(where, "labelled in both directions", broken=False) for where in places]
-                kept.pop(key, None)
-            elif before is not None:
-                dropped.append(Dropped(checked.where, "the same pair again", broken=False))
-            else:
-                kept[key] = checked
-    return Collected(source, tuple(kept.values()), tuple(dropped))
+            assert isinstance(checked, PairRecord)
+            waiting.append(checked)
+            if len(waiting) == _ROWS_PER_BATCH:
+                batches.append(pairs_batch(waiting))
+                waiting = []
+    pairs = pa.concat_batches([*batches, pairs_batch(waiting)])
+    for number in seen.disowned:
+        row, where = (pairs.column(name)[number].as_py() for name in ("row", "where"))
+        dropped.append((row, Dropped(where, _BOTH_DIRECTIONS, broken=False)))
+    keep = np.ones(pairs.num_rows, dtype=bool)
+    keep[seen.disowned] = False
+    temporary = TemporaryDirectory(prefix="diffusion-dpo-")
+    in_source_order = [drop for _, drop in sorted(dropped, key=itemgetter(0))]
+    write_index(Path(temporary.name), pairs.filter(pa.array(keep)), in_source_order, source, stamp)
+    return open_index(source, Path(temporary.name), temporary)
+
+
+class _Seen:
+    """Which pairs were there before, and which image each of them preferred; a short hash and a number a pair."""
+
+    def __init__(self) -> None:
+        self.disowned: list[int] = []
+        """Numbers of accepted pairs that a later one contradicted."""
+        self._accepted: dict[bytes, int] = {}
+        """3 x number + preference: 0 is a tie, 1 and 2 the first and second of the sorted images; -1: contradicted."""
+        self._count = 0
+
+    def fault(self, record: PairRecord) -> Dropped | None:
+        """Accept a pair, or say why it is dropped. A tie contradicts nothing."""
+        first, second = sorted((record.chosen_uid, record.rejected_uid))
+        key = hashlib.sha256(json.dumps([record.prompt, first, second]).encode()).digest()[:16]
+        preference = 0 if record.label_prob == 0.5 else 1 if record.chosen_uid == first else 2
+        before = self._accepted.get(key)
+        if before is None:
+            self._accepted[key] = 3 * self._count + preference
+            self._count += 1
+            return None
+        if before == -1 or {before % 3, preference} == {1, 2}:
+            if before != -1:
+                self.disowned.append(before // 3)
+                self._accepted[key] = -1
+            return Dropped(record.where, _BOTH_DIRECTIONS, broken=False)
+        return Dropped(record.where, "the same pair again", broken=False)
 
 
 def describe_drops(dropped: Iterable[Dropped]) -> Iterator[str]:
@@ -168,11 +135,6 @@ def describe_drops(dropped: Iterable[Dropped]) -> Iterator[str]:
     for reason, where in sorted(places.items(), key=lambda item: -len(item[1])):
         more = ", ..." if len(where) > _NAMES_SHOWN else ""
         yield f"  {len(where)} x {reason} ({', '.join(where[:_NAMES_SHOWN])}{more})"
-
-
-def _contradict(first: PairRecord, second: PairRecord) -> bool:
-    """Whether two records of one pair prefer different images; a tie contradicts nothing."""
-    return first.chosen_uid != second.chosen_uid and min(first.label_prob, second.label_prob) > 0.5
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

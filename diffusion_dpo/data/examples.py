@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data.collect import PairRecord
+from diffusion_dpo.data.index import PairRecord
+from diffusion_dpo.data.lazy import LazySequence
 
 CHOSEN, REJECTED = 0, 1
 
@@ -50,22 +51,34 @@ def uid_of(record: PairRecord, side: int) -> str:
 
 
 def split_held_out(
-    records: Sequence[PairRecord], *, share: float, max_pairs: int, seed: int
-) -> tuple[list[int], list[int]]:
-    """Return the indices to train on and those held out: whole prompts, at most `share` of the data.
+    prompt_keys: np.ndarray, is_pair: np.ndarray, *, share: float, max_pairs: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices to train on and those held out, rising: whole prompts, at most `share` of the data.
 
-    Which prompts are held out depends on the seed and on the prompts, not on their order. Single images stay.
+    `prompt_keys` are the keys (uint64, see `prompts.prompt_key`) of the N pairs' prompts. Which prompts are held out
+    depends on the seed and on the prompts, not on their order. Single images stay, with the pairs of their prompt.
     """
-    room = min(int(share * len(records)), max_pairs)
-    prompts: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        prompts.setdefault(record.prompt.strip(), []).append(index)
-    held: set[int] = set()
-    for prompt in sorted(prompts, key=lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()):
-        indices = prompts[prompt]
-        if len(held) + len(indices) <= room and all(records[i].is_pair for i in indices):
-            held.update(indices)
-    return [i for i in range(len(records)) if i not in held], sorted(held)
+    room = min(int(share * len(prompt_keys)), max_pairs)
+    keys, group, sizes = np.unique(prompt_keys, return_inverse=True, return_counts=True)
+    allowed = np.bincount(group, weights=~is_pair, minlength=len(keys)) == 0
+    held_prompts = np.zeros(len(keys), dtype=bool)
+    for prompt in np.argsort(_shuffle(keys, seed), kind="stable") if room else ():
+        if allowed[prompt] and sizes[prompt] <= room:
+            held_prompts[prompt] = True
+            room -= sizes[prompt]
+            if not room:
+                break
+    held = held_prompts[group]
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _shuffle(keys: np.ndarray, seed: int) -> np.ndarray:
+    """Return pseudo-random numbers (uint64) that depend on the keys and the seed: the finaliser of splitmix64."""
+    start = int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "big")
+    mixed = keys ^ np.uint64(start)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return np.asarray(mixed ^ (mixed >> np.uint64(31)))
 
 
 def read_scores(
@@ -107,33 +120,34 @@ def read_scores(
     return ScoreTable(metric, calibrated)
 
 
-def refuse_single_images(records: Sequence[PairRecord]) -> None:
+def refuse_single_images(records: Sequence[PairRecord], is_pair: np.ndarray) -> None:
     """Raise ConfigError when there are images that were judged by themselves."""
-    alone = [record for record in records if not record.is_pair]
-    if alone:
+    alone = np.flatnonzero(~is_pair)
+    if len(alone):
         raise ConfigError(
-            f"{len(alone)} of {len(records)} rows are single images (e.g. {alone[0].where}), and this objective "
-            "compares the two images of a pair; take one over single images: loss.type=kto, sft or dco"
+            f"{len(alone)} of {len(records)} rows are single images (e.g. {records[int(alone[0])].where}), and this "
+            "objective compares the two images of a pair; take one over single images: loss.type=kto, sft or dco"
         )
 
 
 def form_examples(
     records: Sequence[PairRecord],
-    indices: Sequence[int],
+    indices: Sequence[int] | np.ndarray,
     unit: Literal["pair", "image", "chosen", "list"],
     *,
     scores: ScoreTable | None = None,
     list_size: int = 2,
     swap_labels: bool = False,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Return the examples that the pairs at `indices` make; raises ConfigError when they make none.
 
-    `swap_labels` takes what was rejected for chosen, and the worst for the best.
+    `swap_labels` takes what was rejected for chosen, and the worst for the best. Pairs are made when they are asked
+    for; images and rankings are kept, a small object each.
     """
     sides = (REJECTED, CHOSEN) if swap_labels else (CHOSEN, REJECTED)
     if unit == "pair":
-        examples = [_pair(records, i, sides, scores) for i in indices]
-    elif unit == "list":
+        return LazySequence(len(indices), lambda i: _pair(records, int(indices[i]), sides, scores))
+    if unit == "list":
         assert scores is not None
         examples = list(_lists(records, indices, scores, list_size, swap_labels=swap_labels))
         if not examples:
@@ -173,10 +187,12 @@ def _pair(records: Sequence[PairRecord], index: int, sides: tuple[int, int], sco
     )
 
 
-def _single_images(records: Sequence[PairRecord], indices: Sequence[int], sides: tuple[int, int]) -> list[Example]:
+def _single_images(
+    records: Sequence[PairRecord], indices: Sequence[int] | np.ndarray, sides: tuple[int, int]
+) -> list[Example]:
     """Every distinct image of a prompt once; liked if it was preferred at least once, as in Diffusion-KTO."""
     found: dict[tuple[str, str], Example] = {}
-    for index in indices:
+    for index in map(int, indices):
         record = records[index]
         for side, label in zip(sides, (record.label_prob, 1 - record.label_prob), strict=True):
             uid = uid_of(record, side)
@@ -188,11 +204,16 @@ def _single_images(records: Sequence[PairRecord], indices: Sequence[int], sides:
 
 
 def _lists(
-    records: Sequence[PairRecord], indices: Sequence[int], scores: ScoreTable, size: int, *, swap_labels: bool
+    records: Sequence[PairRecord],
+    indices: Sequence[int] | np.ndarray,
+    scores: ScoreTable,
+    size: int,
+    *,
+    swap_labels: bool,
 ) -> Iterator[Example]:
     """Lists of `size` images of one prompt, best first; of more images, those at evenly spaced ranks."""
     prompts: dict[str, dict[str, tuple[float, tuple[int, int]]]] = {}
-    for index in indices:
+    for index in map(int, indices):
         record = records[index]
         for side in (CHOSEN, REJECTED):
             uid = uid_of(record, side)

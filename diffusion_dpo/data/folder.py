@@ -8,6 +8,7 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.stamps import stamp_of
 
 METADATA = "metadata.jsonl"
 EXAMPLE = '{"prompt": "a cat", "chosen": "cat_1.png", "rejected": "cat_2.png"}'
@@ -42,6 +43,10 @@ class FolderData(PairSource):
         """Return the number of lines that are not blank."""
         return count_metadata(self.path, EXAMPLE)
 
+    def stamp(self) -> str:
+        """Return the state of the metadata and of every file that it names."""
+        return stamp_of(named_files(self.path, (*_KEYS[1:], "mask"), EXAMPLE))
+
 
 def read_metadata(folder: Path, keys: Sequence[str], example: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
     """Yield where it is, and the object, or why it is none, of every line of a folder's metadata.jsonl.
@@ -55,6 +60,14 @@ def read_metadata(folder: Path, keys: Sequence[str], example: str) -> Iterator[t
 def count_metadata(folder: Path, example: str) -> int:
     """Return how many lines `read_metadata` yields."""
     return sum(1 for _ in _lines(folder, example))
+
+
+def named_files(folder: Path, keys: Sequence[str], example: str) -> Iterator[Path]:
+    """Yield a folder's metadata.jsonl, and the files that its lines name under some keys, whatever they are."""
+    yield folder / METADATA
+    for _, entry in read_metadata(folder, (), example):
+        if isinstance(entry, dict):
+            yield from (folder / entry[key] for key in keys if isinstance(entry.get(key), str))
 
 
 def _lines(folder: Path, example: str) -> Iterator[tuple[int, bytes]]:

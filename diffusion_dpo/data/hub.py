@@ -12,6 +12,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import Ties, make_labelled_pair, make_pair
+from diffusion_dpo.data.stamps import stamp_of
 
 _SPLITS = ("train", "test", "validation", "val", "dev")
 
@@ -61,14 +62,24 @@ class HubData(PairSource):
 
     def num_rows(self) -> int:
         """Return the number of rows, from the files' footers; downloads what `read` will need."""
+        total = sum(count for _, count in self._needed_files())
+        return total if self.max_rows is None else min(total, self.max_rows)
+
+    def stamp(self) -> str:
+        """Return the state of the files that `read` will need; the local path of a hub file names its commit."""
+        return stamp_of(file for file, _ in self._needed_files())
+
+    def _needed_files(self) -> Iterator[tuple[Path, int]]:
+        """Yield every file that holds one of the first `max_rows` rows, and its number of rows."""
         from diffusion_dpo.data import shards
 
         total = 0
         for file in self._files():
-            total += shards.num_rows(file)
+            count = shards.num_rows(file)
+            yield file, count
+            total += count
             if self.max_rows is not None and total >= self.max_rows:
-                return self.max_rows
-        return total
+                return
 
     def _read_all(self) -> Iterator[PreferencePair | Dropped]:
         from diffusion_dpo.data import shards

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.folder import METADATA, count_metadata, read_inside, read_metadata
+from diffusion_dpo.data.folder import METADATA, count_metadata, named_files, read_inside, read_metadata
 from diffusion_dpo.data.rows import make_labelled_image
+from diffusion_dpo.data.stamps import stamp_of
 
 KEYS = ("prompt", "image", "label")
 EXAMPLE = '{"prompt": "a cat", "image": "cat_1.png", "label": true}'
@@ -43,3 +44,11 @@ class LabelledData(PairSource):
         if (self.path / METADATA).exists():
             return count_metadata(self.path, EXAMPLE)
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+    def stamp(self) -> str:
+        """Return the state of the files, or of the metadata and every file that it names."""
+        from diffusion_dpo.data import shards
+
+        if (self.path / METADATA).exists():
+            return stamp_of(named_files(self.path, ("image",), EXAMPLE))
+        return stamp_of(shards.parquet_files(self.path))

@@ -9,6 +9,7 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.files import read_manifest
 
 _REQUIRED = ("prompt", "chosen", "rejected")
@@ -46,6 +47,12 @@ class PairsData(PairSource):
         from diffusion_dpo.data import shards
 
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+    def stamp(self) -> str:
+        """Return the state of the files."""
+        from diffusion_dpo.data import shards
+
+        return stamp_of(shards.parquet_files(self.path))
 
     def labelled_by(self) -> tuple[str, ...]:
         """Return what `pair` wrote into the manifests beside the files; a manifest of another make says nothing."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.rows import Ties, make_labelled_pair
+from diffusion_dpo.data.stamps import stamp_of
 
 _REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 _OPTIONAL = ("has_label", "label_1")
@@ -45,6 +46,12 @@ class PickapicData(PairSource):
         from diffusion_dpo.data import shards
 
         return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+
+    def stamp(self) -> str:
+        """Return the state of the files."""
+        from diffusion_dpo.data import shards
+
+        return stamp_of(shards.parquet_files(self.path))
 
 
 def _complement(label: Any, other: Any) -> bool:

@@ -72,7 +72,17 @@ def refuse_foreign_defaults(path: Path | None, *models: str) -> None:
 
 def prompt_hash(text: str) -> str:
     """Return a short hash (12 hex digits), by which a training run remembers its prompts."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+    return key_hash(prompt_key(text))
+
+
+def prompt_key(text: str) -> int:
+    """Return the number, 64 bits, that a prompt goes by where very many are compared; outer spaces do not count."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8], "big")
+
+
+def key_hash(key: int) -> str:
+    """Return the `prompt_hash` of the prompts with this key."""
+    return f"{key >> 16:012x}"
 
 
 def _pocket_prompts(count: int, held_out: bool) -> list[Prompt]:

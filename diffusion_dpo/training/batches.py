@@ -38,7 +38,6 @@ class Reader:
     model: LoadedModel
     examples: Sequence[Example]
     cache: LatentCache
-    latent_shape: tuple[int, int, int]
     processes: Processes = field(default_factory=Processes)
     cached: "CachedErrors | None" = None
     """The reference's errors, where they are computed beforehand."""
@@ -46,7 +45,10 @@ class Reader:
     @cached_property
     def group_of(self) -> np.ndarray:
         """The group of each example: those of one have latents of one shape, and can be in one batch."""
-        return np.zeros(len(self.examples), np.int16)
+        buckets = self.cache.bucket_of
+        if len(self.cache.shapes) == 1:
+            return np.zeros(len(self.examples), np.int16)
+        return np.array([buckets[example.images[0][0]] for example in self.examples])
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -96,14 +98,14 @@ class Reader:
             config.seed,
             visits,
             [self.examples[visit.index].key for visit in visits],
-            self.latent_shape,
+            self.cache.shapes[self.group_of[visits[0].index]],
             prompt_dropout=config.prompt_dropout,
             random_flip=config.random_flip,
         )
         low, high = config.weighting.timestep_range
         uniform = (low + (high - low) * random.timestep_uniform).clamp(max=_BELOW_ONE)
         timesteps = self.model.sample_timesteps(uniform)
-        return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache)
+        return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache, self.model)
 
     def stream(self, first_step: int) -> Generator[Batch, None, None]:
         """Yield this process's micro-batches from a step on, read ahead by `dataloader_num_workers` processes."""
@@ -123,14 +125,17 @@ class Reader:
         )
 
 
-def gather(examples: Sequence[Example], random: Randomness, timesteps: "Tensor", cache: LatentCache) -> Batch:
-    """Return B examples of K images each, with given randomness, as a batch."""
+def gather(
+    examples: Sequence[Example], random: Randomness, timesteps: "Tensor", cache: LatentCache, model: LoadedModel
+) -> Batch:
+    """Return B examples of K images each, of one shape, with given randomness, as a batch."""
     import torch
 
     images = [image for example in examples for image in example.images]
     num_images = len(images) // len(examples)
     flip = random.flip.repeat_interleave(num_images)
     latents, masks = cache.latents(images, flip.tolist()), cache.masks(images, flip.tolist())
+    per_image = model.image_conditioning(cache.sizes(images))
 
     def column(values: Sequence[object]) -> "Tensor":
         return torch.tensor(values, dtype=torch.float32)
@@ -144,6 +149,7 @@ def gather(examples: Sequence[Example], random: Randomness, timesteps: "Tensor",
         weights=column([example.weight for example in examples]),
         masks=None if masks is None else masks.view(len(examples), num_images, 1, *masks.shape[2:]),
         scores=column([example.scores for example in examples]) if examples[0].scores else None,
+        per_image={name: value.view(len(examples), num_images, *value.shape[1:]) for name, value in per_image.items()},
     )
 
 

@@ -11,6 +11,7 @@ along noisy held-out images instead of the policy's own samples. Against a known
 give 17 % too much and 16 give 6 % (tests/training/test_evaluation.py).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,6 @@ class HeldOut:
     prompts: Sequence[str]
     """Of each example: pairs of one prompt are not independent, so standard errors are taken over prompts."""
     cache: LatentCache
-    latent_shape: tuple[int, int, int]
     num_timesteps: int
     batch_size: int
     seed: int
@@ -64,22 +64,23 @@ class HeldOut:
 
         self.ask_reference(model)
         # each process measures its share of the batches; all run equally many, which a divided model needs
-        numbers = range(processes.rank, -(-len(self._starts) // processes.count) * processes.count, processes.count)
-        cells = torch.zeros(4, len(self.examples) * self.num_timesteps, 2, device=model.device)
+        parts = self._parts
+        numbers = range(processes.rank, -(-len(parts) // processes.count) * processes.count, processes.count)
+        table = torch.zeros(4, len(self.examples) * self.num_timesteps, 2, device=model.device)
         with torch.no_grad():
             for number in numbers:
-                start = self._starts[min(number, len(self._starts) - 1)]
-                batch = self._batch(model, start).to(model.device)
-                reference = self._reference[start // self.batch_size].to(model.device)
+                cells = parts[min(number, len(parts) - 1)]
+                batch = self._batch(model, cells).to(model.device)
+                reference = self._reference[parts.index(cells)].to(model.device)
                 found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
                 assert found.reference is not None and found.drift is not None
                 values = [found.policy, found.reference, found.drift]
                 if self.objective is not None:
                     values.append(self.objective(found)[1].loss[:, None].expand(-1, 2))
-                if number < len(self._starts):
-                    cells[: len(values), start : start + len(batch.noise)] = torch.stack(values)
-        cells = processes.sum(cells).cpu().view(4, len(self.examples), self.num_timesteps, 2).double()
-        policy, reference_errors, drift, losses = cells.numpy()
+                if number < len(parts):
+                    table[: len(values), cells.start : cells.stop] = torch.stack(values)
+        table = processes.sum(table).cpu().view(4, len(self.examples), self.num_timesteps, 2).double()
+        policy, reference_errors, drift, losses = table.numpy()
         metrics = self._measure("eval", policy, reference_errors)
         if self.objective is not None:
             metrics |= self._mean("eval/loss", losses[:, :, 0])
@@ -90,25 +91,36 @@ class HeldOut:
 
     def ask_reference(self, model: LoadedModel) -> None:
         """Have the reference predict, once; afterwards `evaluate` does not need it."""
-        for start in self._starts[len(self._reference) :]:
+        for cells in self._parts[len(self._reference) :]:
             noisy_latents, timesteps, conditioning, _ = add_shared_noise(
-                model, self._batch(model, start).to(model.device)
+                model, self._batch(model, cells).to(model.device)
             )
             with model.reference():
                 self._reference.append(model.predict(noisy_latents, timesteps, conditioning).cpu())
 
     @property
-    def _starts(self) -> range:
-        return range(0, len(self.examples) * self.num_timesteps, self.batch_size)
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        return [self.cache.shapes[self.cache.bucket_of[example.images[0][0]]] for example in self.examples]
 
-    def _batch(self, model: LoadedModel, start: int) -> Batch:
-        """Return the cells of the grid from `start` on: a pair at a timestep, whose number is the visit's epoch."""
-        cells = range(start, min(start + self.batch_size, len(self.examples) * self.num_timesteps))
+    @property
+    def _parts(self) -> list[range]:
+        """The cells of the grid, in batches of one shape: a pair at a timestep, pair by pair."""
+        parts, start = [], 0
+        for _, group in itertools.groupby(self._shapes):
+            end = start + len(list(group)) * self.num_timesteps
+            parts += [range(first, min(first + self.batch_size, end)) for first in range(start, end, self.batch_size)]
+            start = end
+        return parts
+
+    def _batch(self, model: LoadedModel, cells: range) -> Batch:
+        """Return some cells as a batch; the number of a cell's timestep is its visit's epoch."""
         visits = [Visit(*divmod(cell, self.num_timesteps)) for cell in cells]
         examples = [self.examples[visit.index] for visit in visits]
         keys = [f"held out {example.key}" for example in examples]
-        random = draw_randomness(self.seed, visits, keys, self.latent_shape, prompt_dropout=0.0, random_flip=False)
-        return gather(examples, random, self._timesteps(model)[[visit.epoch for visit in visits]], self.cache)
+        random = draw_randomness(
+            self.seed, visits, keys, self._shapes[visits[0].index], prompt_dropout=0.0, random_flip=False
+        )
+        return gather(examples, random, self._timesteps(model)[[visit.epoch for visit in visits]], self.cache, model)
 
     def _timesteps(self, model: LoadedModel) -> "Tensor":
         import torch
@@ -156,8 +168,9 @@ class HeldOut:
         change = -edge_log_snr.clamp(finite.min(), finite.max()).diff()
         log_snr = model.log_snr(self._timesteps(model).to(model.device))
         to_epsilon = error_weights(Weighting(error_space="epsilon"), model.prediction_type, log_snr, log_snr)
-        weights = (change / 2 * to_epsilon).double().cpu().numpy() * math.prod(self.latent_shape)
-        return float((drift.mean(axis=(0, 2)) * weights).sum())
+        weights = (change / 2 * to_epsilon).double().cpu().numpy()
+        elements = np.array([math.prod(shape) for shape in self._shapes])[:, None, None]
+        return float(((drift * elements).mean(axis=(0, 2)) * weights).sum())
 
 
 def progress_note(metrics: Mapping[str, float]) -> str:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data import PairSource, cache
-from diffusion_dpo.data.collect import Collected
 from diffusion_dpo.data.examples import (
     Example,
     ScoreTable,
@@ -18,6 +19,7 @@ from diffusion_dpo.data.examples import (
     split_held_out,
     weigh_by_gain,
 )
+from diffusion_dpo.data.index import Collected
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.models import LoadedModel
@@ -66,6 +68,10 @@ def refuse_contradictions(config: TrainConfig) -> None:
                 f"{name} is about the two images of a pair, and loss.type={loss.type} learns from "
                 f"{_UNITS[loss.unit]}; leave it out, or take an objective over pairs such as dpo"
             )
+    if config.aspect_ratio_buckets and (loss.unit == "list" or config.order == "curriculum"):
+        what = "loss.type=" + str(loss.type) if loss.unit == "list" else "order=curriculum"
+        why = "the images of a ranking share their noise" if loss.unit == "list" else "a curriculum has one order"
+        raise ConfigError(f"aspect_ratio_buckets and {what}: {why}, and shapes differ; leave one of them out")
     if config.score_metric is not None and not _looks_at_scores(config):
         raise ConfigError(
             f"score_metric={config.score_metric}, and nothing here looks at scores; leave it out, or take "
@@ -81,10 +87,11 @@ def refuse_contradictions(config: TrainConfig) -> None:
         )
 
 
-def hold_out(config: TrainConfig, data: Collected) -> tuple[list[int], list[int]]:
+def hold_out(config: TrainConfig, data: Collected) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the pairs to train on and of those held out."""
     share, max_pairs = config.evaluation.share, config.evaluation.max_pairs
-    return split_held_out(data.records, share=share, max_pairs=max_pairs, seed=config.seed)
+    keys = data.prompt_keys[data.prompt_codes]
+    return split_held_out(keys, data.is_pair, share=share, max_pairs=max_pairs, seed=config.seed)
 
 
 def refuse_uneven(config: TrainConfig, processes: Processes) -> None:
@@ -109,16 +116,16 @@ def prepare(
     """Encode what is not cached, and set up the optimizer: everything up to the first step."""
     loss = cast(Loss, config.loss)
     train_on, held = hold_out(config, data)
-    if config.evaluation.max_kl is not None and not held:
+    if config.evaluation.max_kl is not None and not len(held):
         raise ConfigError(
             "evaluation.max_kl is measured on held-out pairs, and there are none: raise evaluation.share, bring more "
             "pairs, or set evaluation.max_kl=null"
         )
     if loss.unit == "pair":
-        refuse_single_images(data.records)
+        refuse_single_images(data.records, data.is_pair)
     scores = _scores(config, data)
     examples = _examples(config, data, train_on, scores)
-    latents, latent_shape = _encode(config, model, data, dtype)
+    latents = _encode(config, model, data, dtype, processes)
     objective = Objective(
         loss=loss,
         weighting=config.weighting,
@@ -127,18 +134,18 @@ def prepare(
         prediction_type=model.prediction_type,
     )
     held_out = None
-    if held:
+    if len(held):
+        held = held[np.argsort(latents.bucket_of[held], kind="stable")]  # batches are of one shape
         held_out = HeldOut(
             examples=form_examples(data.records, held, "pair", scores=scores, swap_labels=config.swap_labels),
-            prompts=[data.records[index].prompt.strip() for index in held],
+            prompts=[data.records[index].prompt.strip() for index in held.tolist()],
             cache=latents,
-            latent_shape=latent_shape,
             num_timesteps=config.evaluation.num_timesteps,
             batch_size=config.per_device_batch_size,
             seed=config.seed,
             objective=objective if loss.unit == "pair" else None,
         )
-    reader = Reader(config, model, examples, latents, latent_shape, processes)
+    reader = Reader(config, model, examples, latents, processes)
     reader = _settle_reference(config, reader, held_out, objective, dtype, processes)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -198,38 +205,46 @@ def _settle_reference(
 
 
 def _encode(
-    config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype"
-) -> tuple[cache.LatentCache, tuple[int, int, int]]:
-    """Return the cache of latents and prompts, and the shape of one image's latents."""
+    config: TrainConfig, model: LoadedModel, data: Collected, dtype: "torch.dtype", processes: Processes
+) -> cache.LatentCache:
+    """Return the cache of latents and prompts."""
     import torch
 
     side = config.resolution_px or model.resolution_px
     if side % model.downscale:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {model.downscale}")
-    latent_shape = (model.latent_channels, side // model.downscale, side // model.downscale)
+    if config.aspect_ratio_buckets and config.bucket_step_px % model.downscale:
+        raise ConfigError(
+            f"bucket_step_px is {config.bucket_step_px}; this model needs a multiple of {model.downscale}"
+        )
     latents = cache.build(
         config.cache_dir or config.output_dir / "cache",
         data,
-        [record.pair_id for record in data.records],
-        [record.prompt for record in data.records],
         cache.Encoders(
             images=model.encode_images,
             prompts=model.encode_prompts,
             fingerprint=model.encoder_hash,
-            latent_shape=latent_shape,
+            latent_channels=model.latent_channels,
+            downscale=model.downscale,
             resolution_px=side,
             dtype=torch.float32 if dtype == torch.float32 else torch.float16,
             batch_size=min(8, config.per_device_batch_size),
         ),
         random_flip=config.random_flip,
-        masked=any(record.has_mask for record in data.records),
+        bucket_step_px=config.bucket_step_px if config.aspect_ratio_buckets else None,
+        processes=processes,
     )
-    return latents, latent_shape
+    if config.aspect_ratio_buckets:
+        names, counts = np.unique(latents.bucket_of, return_counts=True)
+        shapes = [latents.shapes[name] for name in names]
+        sizes = [f"{shape[2] * model.downscale}x{shape[1] * model.downscale}" for shape in shapes]
+        say("buckets: " + ", ".join(f"{count} pairs in {size}" for size, count in zip(sizes, counts, strict=True)))
+    return latents
 
 
 def _examples(
-    config: TrainConfig, data: Collected, train_on: Sequence[int], scores: ScoreTable | None
-) -> list[Example]:
+    config: TrainConfig, data: Collected, train_on: np.ndarray, scores: ScoreTable | None
+) -> Sequence[Example]:
     loss = cast(Loss, config.loss)
     examples = form_examples(
         data.records,
@@ -239,7 +254,7 @@ def _examples(
         list_size=loss.list_size if isinstance(loss, ListLoss) else 2,
         swap_labels=config.swap_labels,
     )
-    num_left_out = len({data.records[index].prompt for index in train_on}) - len(examples)
+    num_left_out = len(np.unique(data.prompt_codes[train_on])) - len(examples)
     if loss.unit == "list" and num_left_out:
         say(f"{num_left_out} prompts have fewer than loss.list_size distinct images and are left out")
     if config.score_gain_weighting:

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import Field
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data import collect as module
-from diffusion_dpo.data.collect import Collected, collect, in_order, survey
+from diffusion_dpo.data.collect import collect, in_order, survey
 from diffusion_dpo.data.folder import FolderData
 from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.rows import make_labelled_pair
 from tests.photos import encode, jpeg, photo
 
@@ -24,7 +26,7 @@ Row = tuple[str, bytes, bytes, float]
 class Rows(PairSource):
     """Rows of (prompt, first image, second image, label), or drops of the importer's own."""
 
-    rows: list = []
+    rows: list = Field([], exclude=True)
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         for number, row in enumerate(self.rows):

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data.collect import PairRecord
 from diffusion_dpo.data.examples import (
     CHOSEN,
     REJECTED,
@@ -20,6 +20,8 @@ from diffusion_dpo.data.examples import (
     split_held_out,
     weigh_by_gain,
 )
+from diffusion_dpo.data.index import PairRecord
+from diffusion_dpo.data.prompts import prompt_key
 from diffusion_dpo.losses.capo import CaPO
 
 
@@ -64,7 +66,7 @@ def plain(values: Sequence[float]) -> list[float]:
 
 
 def all_of(records: Sequence[PairRecord], *args, **kwargs) -> list[Example]:
-    return form_examples(records, range(len(records)), *args, **kwargs)
+    return list(form_examples(records, range(len(records)), *args, **kwargs))
 
 
 def uids(records: Sequence[PairRecord], example: Example) -> str:
@@ -78,7 +80,9 @@ MANY = [record(f"prompt {i}", chosen, "z") for i in range(40) for chosen in "abc
 
 
 def held_ids(records: Sequence[PairRecord], **settings) -> set[str]:
-    train_on, held = split_held_out(records, **{"share": 0.2, "max_pairs": 1000, "seed": 0} | settings)
+    keys = np.array([prompt_key(it.prompt) for it in records], dtype=np.uint64)
+    pairs = np.array([it.is_pair for it in records], dtype=bool)
+    train_on, held = split_held_out(keys, pairs, **{"share": 0.2, "max_pairs": 1000, "seed": 0} | settings)
     assert sorted([*train_on, *held]) == list(range(len(records)))
     return {records[i].pair_id for i in held}
 
@@ -219,8 +223,8 @@ def test_the_first_image_of_a_pair_has_the_higher_score_also_with_swapped_labels
 def test_single_images_are_refused_by_an_objective_over_pairs():
     records = [record("x", "a", "b"), record("y", "c", ""), record("z", "", "d")]
     with pytest.raises(ConfigError, match=r"2 of 3 rows are single images \(e\.g\. row y c\).*loss\.type=kto"):
-        refuse_single_images(records)
-    refuse_single_images(records[:1])
+        refuse_single_images(records, np.array([True, False, False]))
+    refuse_single_images(records[:1], np.array([True]))
 
 
 # --- single images ---------------------------------------------------------------------------------------------------
