@@ -100,8 +100,17 @@ def add_shared_noise(model: "LoadedModel", batch: Batch) -> "tuple[Tensor, Tenso
     latents = batch.latents.transpose(0, 1).flatten(0, 1)
     noise, timesteps = shared(batch.noise, num_images), shared(batch.timesteps, num_images)
     conditioning = {name: shared(value, num_images) for name, value in batch.conditioning.items()}
+    conditioning |= model.image_conditioning(_whole_squares(latents, model.downscale))
     noisy_latents = model.add_noise(latents, noise, timesteps)
     return noisy_latents, timesteps, conditioning, model.target(latents, noise, timesteps)
+
+
+def _whole_squares(latents: "Tensor", downscale: int) -> "Tensor":
+    """Return the sizes of images that were not cropped, (N, 6) as in LoadedModel.image_conditioning."""
+    import torch
+
+    height, width = (side * downscale for side in latents.shape[2:])
+    return torch.tensor([[height, width, 0, 0, height, width]] * len(latents), device=latents.device)
 
 
 def masked_mean(values: "Tensor", masks: "Tensor | None") -> "Tensor":

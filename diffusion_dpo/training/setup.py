@@ -96,7 +96,9 @@ def prepare(config: TrainConfig, model: LoadedModel, data: Collected, dtype: "to
             objective=objective if loss.unit == "pair" else None,
         )
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(selective=config.gradient_checkpointing == "selective")
+    if getattr(config.model, "lora", None) is None:
+        model.freeze_copy()
     parameters = model.trainable()
     _announce(config, model, examples, held_out, sum(p.numel() for p in parameters.values()), dtype)
     optimizer, scaler = make_optimizer(config, parameters, model.device, dtype)

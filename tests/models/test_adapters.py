@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import LORA_FILE, lora_layers
-from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, Lora, StableDiffusion
+from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, StableDiffusion
+from diffusion_dpo.models.unet_diffusion import Lora
 from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline
 from diffusion_dpo.settings import ImageModel, Sampling
 from tests.fakes import make_stable_diffusion
@@ -33,7 +34,10 @@ def load(
     seed: int = 0,
     base: str = "pocket",
 ) -> LoadedStableDiffusion:
-    return StableDiffusion(pretrained=base, adapter_path=start, lora=lora).load(device=CPU, dtype=dtype, seed=seed)
+    model = StableDiffusion(pretrained=base, adapter_path=start, lora=lora).load(device=CPU, dtype=dtype, seed=seed)
+    if lora is None:
+        model.freeze_copy()
+    return model
 
 
 def train(model: LoadedStableDiffusion, seed: int) -> LoadedStableDiffusion:
