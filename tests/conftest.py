@@ -43,13 +43,10 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_stable_diffusion_xl(tmp_path_factory.mktemp("sdxl") / "tiny")
 
 
-@pytest.fixture(scope="session", params=["sd-epsilon", "sd-v_prediction", "sdxl-epsilon", "sdxl-v_prediction"])
-def any_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A `model.type` and a tiny model of it, in turn of both families, predicting epsilon and v."""
-    family, _, prediction_type = request.param.partition("-")
-    make = make_stable_diffusion if family == "sd" else make_stable_diffusion_xl
-    folder = make(tmp_path_factory.mktemp(family) / prediction_type, prediction_type=prediction_type)
-    return "stable_diffusion" if family == "sd" else "stable_diffusion_xl", folder
+@pytest.fixture(scope="session", params=["stable_diffusion", "stable_diffusion_xl"])
+def any_family(request: pytest.FixtureRequest, tiny_sd: Path, tiny_sdxl: Path) -> tuple[str, Path]:
+    """A `model.type` and a tiny model of it."""
+    return request.param, tiny_sd if request.param == "stable_diffusion" else tiny_sdxl
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "stable-diffusion"
-FAMILIES = {"StableDiffusionPipeline": "stable_diffusion", "StableDiffusionXLPipeline": "stable_diffusion_xl"}
+_XL = "StableDiffusionXLPipeline"
+FAMILIES = {"StableDiffusionPipeline": "stable_diffusion", _XL: "stable_diffusion_xl"}
 """The pipelines that are understood here, and the `model.type` that trains each."""
 
 
@@ -44,15 +45,16 @@ def load_base(
     if pretrained == "pocket" and not (POCKET_DIR / "model_index.json").exists():
         raise ConfigError(f"the pocket model is not installed at {POCKET_DIR}; scripts/train_pocket.py makes it")
     try:
-        vae_dtype = torch.float32 if dtype == torch.float16 and _vae_overflows(source, revision) else dtype
+        is_xl = DiffusionPipeline.load_config(source, revision=revision).get("_class_name") == _XL
+        overflows = is_xl and dtype == torch.float16 and _vae_overflows(source, revision)
+        checker = {} if is_xl else {"safety_checker": None, "requires_safety_checker": False}
         pipeline = DiffusionPipeline.from_pretrained(
             source,
             revision=revision,
             variant=variant,
-            dtype={"default": dtype, "unet": unet_dtype or dtype, "vae": vae_dtype},
+            dtype={"default": dtype, "unet": unet_dtype or dtype, "vae": torch.float32 if overflows else dtype},
             use_safetensors=True,
-            safety_checker=None,
-            requires_safety_checker=False,
+            **checker,
         )
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_explain(pretrained, error)) from error
@@ -69,13 +71,10 @@ def load_base(
 
 
 def _vae_overflows(source: str, revision: str | None) -> bool:
-    """Whether a pipeline's VAE cannot be run in float16."""
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    """Whether the VAE of an SDXL pipeline cannot be run in float16."""
+    from diffusers import AutoencoderKL
 
-    if DiffusionPipeline.load_config(source, revision=revision)["_class_name"] != "StableDiffusionXLPipeline":
-        return False
-    config = AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
-    return bool(config.get("force_upcast", True))
+    return bool(AutoencoderKL.load_config(source, subfolder="vae", revision=revision).get("force_upcast", True))
 
 
 def require_family(name: str, pipeline: "DiffusionPipeline", wanted: str | None = None) -> None:

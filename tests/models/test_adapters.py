@@ -1,9 +1,7 @@
 """Training that starts from an adapter: what the reference is, what is trained, what is saved, what is refused."""
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +92,6 @@ def old_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["old", "old_unet"])
 def any_old(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def diffusers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What diffusers logs, which it keeps from the root logger."""
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_a_lora_on_any_layers_is_saved_as_plain_diffusers_reads_it(tmp_path: Path) -> None:
