@@ -65,8 +65,8 @@ class LoadedModel(Protocol):
     def image_conditioning(self, sizes: "Tensor") -> dict[str, "Tensor"]:
         """Return what the denoiser is told about each image, float32, every tensor with a leading dimension of N.
 
-        `sizes` is int64 (N, 6), in px: height and width of the original; top and left of the crop, in the original
-        scaled to it; height and width of the image that is trained on. A model that is told nothing returns {}.
+        `sizes` is int64 (N, 6), in px: height and width of the original; top and left of the crop, after scaling;
+        height and width of the image that is trained on. A model that is told nothing returns {}.
         """
 
     def sample_timesteps(self, uniform: "Tensor", num_timesteps: int | None = None) -> "Tensor":
@@ -120,7 +120,7 @@ class LoadedModel(Protocol):
         """
 
     def enable_gradient_checkpointing(self, *, selective: bool) -> None:
-        """Recompute activations in the backward pass: all, or only those of the blocks of the highest resolution."""
+        """Recompute activations in the backward pass: all, or only those of the outer blocks, of high resolution."""
 
     def save(self, run_dir: Path) -> Path:
         """Write the policy as diffusers loads it, `adapter/` (on the pretrained model) or the full `unet/`.

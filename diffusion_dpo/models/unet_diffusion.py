@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 from pydantic import Field
 
 from diffusion_dpo.config import Config, ConfigError
-from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters
+from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters, fused_lora
 from diffusion_dpo.models.pipeline import (
     POCKET_DIR,
     content_hash,
@@ -125,6 +125,7 @@ class LoadedUNet(LoadedModel):
                 adapters.merge(self.unet)
             self.unet.requires_grad_(True)
         self.unet.to(memory_format=torch.channels_last)  # what was added, too
+        fused_lora.fuse(self.unet)
         self._lora_layers = list(adapters.lora_layers(self.unet).values())
         self._policy: torch.nn.Module | None = None
         self._copy: UNet2DConditionModel | None = None
@@ -267,7 +268,11 @@ class LoadedUNet(LoadedModel):
         self._policy = wrap(self.unet)
 
     def compile(self) -> None:
-        """See LoadedModel."""
+        """See LoadedModel. Each width is compiled with and without gradients, and once more when the shape changes."""
+        import torch._dynamo
+
+        # at the default, 8, whatever comes after the first shape would not be compiled at all
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self.unet.compile_repeated_blocks()
         if self._copy is not None:
             self._copy.compile_repeated_blocks()
@@ -280,11 +285,21 @@ class LoadedUNet(LoadedModel):
         return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
 
     def enable_gradient_checkpointing(self, *, selective: bool) -> None:
-        """See LoadedModel."""
-        self.unet.enable_gradient_checkpointing()
+        """See LoadedModel. The selected ones are the outer blocks, down to the first resolution with attention.
+
+        Counted for one pair in bfloat16, whole UNet trained: in SD 1.5 at 512 px they hold 26 % of the bytes that are
+        kept for the backward pass and cost 7 % more FLOPs (all blocks: 85 %, 23 %), in SDXL at 1024 px 23 % and 7 %
+        (93 %, 25 %). SDXL's blocks of the highest resolution alone, without attention, hold 4 %.
+        """
+        unet = self.unet
+        unet.enable_gradient_checkpointing()
         if not selective:
             return
-        for block in (*self.unet.down_blocks[1:], self.unet.mid_block, *self.unet.up_blocks[:-1]):
+        with_attention = [
+            any(name == "attentions" for name, _ in block.named_children()) for block in unet.down_blocks
+        ]
+        num_outer = with_attention.index(True) + 1
+        for block in (*unet.down_blocks[num_outer:], unet.mid_block, *unet.up_blocks[:-num_outer]):
             for module in block.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False
