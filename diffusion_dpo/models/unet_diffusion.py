@@ -273,9 +273,11 @@ class LoadedUNet(LoadedModel):
 
         # at the default, 8, whatever comes after the first shape would not be compiled at all
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self.unet.compile_repeated_blocks()
+        # with a LoRA and without, other steps are fused: rounded in between as ever, they begin as one in bf16 too
+        options = {"emulate_precision_casts": True}
+        self.unet.compile_repeated_blocks(options=options)
         if self._copy is not None:
-            self._copy.compile_repeated_blocks()
+            self._copy.compile_repeated_blocks(options=options)
         self._compiled = True
 
     # --- training and saving ---
