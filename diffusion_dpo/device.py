@@ -26,13 +26,17 @@ def pick_device(name: str) -> "torch.device":
 
 
 def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype":
-    """Return the dtype for `auto`, `fp32`, `fp16` or `bf16` on a device; raises ConfigError for fp16 off cuda."""
+    """Return the dtype for `auto`, `fp32`, `fp16` or `bf16`; raises ConfigError where the device does not have it."""
     import torch
 
     if precision == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"mixed_precision is fp16, which needs cuda; on {device.type} use fp32 or bf16")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"mixed_precision is bf16, which {torch.cuda.get_device_name(device)} does not have; use fp16, or auto"
+        )
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -15,6 +15,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "models": {
         "stable_diffusion": "diffusion_dpo.models.stable_diffusion:StableDiffusion",
+        "stable_diffusion_xl": "diffusion_dpo.models.stable_diffusion_xl:StableDiffusionXL",
     },
     "losses": {
         "dpo": "diffusion_dpo.losses.dpo:DPO",

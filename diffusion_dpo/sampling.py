@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import add_adapter, find_adapter
-from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
+from diffusion_dpo.models.pipeline import POCKET_DIR, load_base, require_family
 from diffusion_dpo.settings import ImageModel, Sampling
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def image_seed(base_seed: int, prompt_id: str, index: int) -> int:
 def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
     """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
     pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
+    require_family(model.pretrained, pipeline)
     if model.adapter_path is not None:
         add_adapter(pipeline, model.adapter_path, scale=model.adapter_scale)
     return pipeline
@@ -63,7 +64,8 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
 
     The initial noise of an image is drawn on the CPU in float32 from its own seed, so it is the same whatever the
     model, the device, the precision or the rest of the batch. A half-precision pipeline runs under autocast, as in
-    training, since what was tuned of it may be float32.
+    training, since what was tuned of it may be float32; its VAE runs in its own precision, which autocast would take
+    from it.
     """
     import torch
 
@@ -71,20 +73,25 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    negative = [sampling.negative_prompt] * len(requests) if sampling.guidance_scale > 1 else None
-    precision = pipeline.vae.dtype
+    guided = sampling.guidance_scale > 1 and sampling.negative_prompt
+    precision = pipeline.text_encoder.dtype
     with torch.autocast(pipeline.device.type, precision, enabled=precision != torch.float32):
         output = pipeline(
             [request.prompt for request in requests],
-            negative_prompt=negative,
+            # none is not the empty one: SDXL pushes away from zeros then
+            negative_prompt=[sampling.negative_prompt] * len(requests) if guided else None,
             height=side,
             width=side,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
             generator=generators,
+            output_type="latent",
         )
-    return list(output.images)
+    vae = pipeline.vae
+    with torch.no_grad():
+        images = vae.decode(output.images.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return list(pipeline.image_processor.postprocess(images.float(), output_type="pil"))
 
 
 def resolution_px(pipeline: "DiffusionPipeline", asked: int | None) -> int:

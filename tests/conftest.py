@@ -14,7 +14,7 @@ from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.shards import PAIRS, encode_png, located_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes, render
-from tests.fakes import make_stable_diffusion
+from tests.fakes import make_stable_diffusion, make_stable_diffusion_xl
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +35,18 @@ def any_sd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion (epsilon)."""
     return make_stable_diffusion(tmp_path_factory.mktemp("sd") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL (epsilon)."""
+    return make_stable_diffusion_xl(tmp_path_factory.mktemp("sdxl") / "tiny")
+
+
+@pytest.fixture(scope="session", params=["stable_diffusion", "stable_diffusion_xl"])
+def any_family(request: pytest.FixtureRequest, tiny_sd: Path, tiny_sdxl: Path) -> tuple[str, Path]:
+    """A `model.type` and a tiny model of it."""
+    return request.param, tiny_sd if request.param == "stable_diffusion" else tiny_sdxl
 
 
 @pytest.fixture(scope="session")

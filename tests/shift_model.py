@@ -6,7 +6,7 @@ Bradley-Terry judge of reward s a g.x, with the unit vector g of equal parts, so
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,11 @@ class LoadedShift(LoadedModel):
         signs = {PROMPTS[0]: 1.0, PROMPTS[1]: -1.0}
         return {"sign": torch.tensor([[signs.get(prompt, 0.0)] for prompt in prompts])}
 
-    def sample_timesteps(self, uniform: torch.Tensor) -> torch.Tensor:
+    def image_conditioning(self, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
+
+    def sample_timesteps(self, uniform: torch.Tensor, num_timesteps: int | None = None) -> torch.Tensor:
+        assert num_timesteps is None
         return (uniform * len(self.scheduler)).long()
 
     def log_snr(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -143,7 +147,16 @@ class LoadedShift(LoadedModel):
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {"shift": self.shift}
 
-    def enable_gradient_checkpointing(self) -> None:
+    def freeze_copy(self) -> None:
+        """The reference is frozen anyway."""
+
+    def wrap_policy(self, wrap: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+        raise NotImplementedError
+
+    def compile(self) -> None:
+        raise NotImplementedError
+
+    def enable_gradient_checkpointing(self, *, selective: bool) -> None:
         raise NotImplementedError
 
     def save(self, run_dir: Path) -> Path:

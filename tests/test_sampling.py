@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import LORA_FILE
-from diffusion_dpo.models.stable_diffusion import Lora, StableDiffusion
+from diffusion_dpo.models.stable_diffusion import StableDiffusion
+from diffusion_dpo.models.unet_diffusion import Lora
 from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline, weights_hash
 from diffusion_dpo.settings import ImageModel, Sampling
 

@@ -46,7 +46,7 @@ class LoadedModel(Protocol):
     encoder_hash: str
     """Hash of all that encodes images and prompts, weights and settings: the key of the latent cache."""
     reference_needs_copy: bool = False
-    """Whether `reference()` is the weights as they are now until `freeze_copy` was called."""
+    """Whether `reference()` follows the policy until `freeze_copy` is called."""
     pipeline: "DiffusionPipeline"
     """The same weights as a pipeline, for previews."""
 
@@ -64,8 +64,19 @@ class LoadedModel(Protocol):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, "Tensor"]:
         """Return the conditioning, float32, every tensor with a leading dimension of len(prompts)."""
 
-    def sample_timesteps(self, uniform: "Tensor") -> "Tensor":
-        """Map numbers of [0, 1) of shape (B,) to timesteps, int64 of shape (B,)."""
+    def image_conditioning(self, sizes: "Tensor") -> dict[str, "Tensor"]:
+        """Return what the denoiser is told about each image, float32, every tensor with a leading dimension of N.
+
+        `sizes` is int64 (N, 6), in px: height and width of the original; top and left of the crop, after scaling;
+        height and width of the image that is trained on. A model that is told nothing returns {}.
+        """
+        return {}
+
+    def sample_timesteps(self, uniform: "Tensor", num_timesteps: int | None = None) -> "Tensor":
+        """Map numbers of [0, 1) of shape (B,) to timesteps, int64 of shape (B,): all of them evenly.
+
+        With `num_timesteps`, to so many evenly spaced ones, the last of which is the noisiest of all.
+        """
 
     def log_snr(self, timesteps: "Tensor") -> "Tensor":
         """Return log(alpha_t^2 / sigma_t^2), float32 of shape (B,)."""
@@ -77,22 +88,42 @@ class LoadedModel(Protocol):
         """Return what the denoiser should predict, by its `prediction_type`."""
 
     def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
-        """Return the denoiser's prediction, float32, same shape as `noisy_latents`."""
+        """Return the denoiser's prediction, float32, same shape as `noisy_latents`.
+
+        `conditioning` is what encode_prompts and image_conditioning return, with one row for each of the latents.
+        """
 
     def reference(self) -> AbstractContextManager[None]:
-        """Within it, `predict` is the frozen reference and records no gradient. Backward never runs inside."""
+        """Within it, `predict` is the reference and records no gradient. Backward never runs inside.
+
+        The reference is the frozen copy, where there is one. Without, it is the model with the trained adapter left
+        out, or, where the whole denoiser is trained, the denoiser as it is: right before the first step only.
+        """
 
     def freeze_copy(self) -> None:
-        """From now on let `reference()` be a copy of what it is now."""
+        """Let the reference be a copy of the weights, frozen as they are now (without the trained adapter).
 
-    def wrap_policy(self, wrap: "Callable[[torch.nn.Module], torch.nn.Module]") -> None:
-        """From now on predict as the policy through `wrap(denoiser)`."""
+        Policy and copy compute the same, bit for bit, until the policy moves. Call it before `compile` and
+        `wrap_policy`.
+        """
 
     def trainable(self) -> dict[str, "torch.nn.Parameter"]:
         """Return the parameters that are trained, by name, float32."""
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass."""
+    def wrap_policy(self, wrap: "Callable[[torch.nn.Module], torch.nn.Module]") -> None:
+        """Let the policy predict through `wrap(denoiser)`, such as DistributedDataParallel.
+
+        What is trained, what is saved and the reference go on being the bare denoiser's.
+        """
+
+    def compile(self) -> None:
+        """Compile the denoiser's repeated blocks, when they first run. Predictions change by rounding only.
+
+        An error of the compiler is raised as ConfigError, by `predict`.
+        """
+
+    def enable_gradient_checkpointing(self, *, selective: bool) -> None:
+        """Recompute activations in the backward pass: all, or only those of the outer blocks, of high resolution."""
 
     def save(self, run_dir: Path) -> Path:
         """Write the policy as diffusers loads it, `adapter/` (on the pretrained model) or the full `unet/`.

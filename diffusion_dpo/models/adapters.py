@@ -104,6 +104,17 @@ def merge(unet: "UNet2DConditionModel") -> None:
     unet.unload_lora()
 
 
+def remove(unet: "UNet2DConditionModel", name: str) -> None:
+    """Take the LoRA `name` off a UNet; those beside it stay, frozen, and without any it is a plain UNet again."""
+    beside = [other for other in unet.active_adapters() if other != name]
+    if beside:
+        unet.delete_adapters(name)
+        unet.set_adapters(beside)
+        unet.requires_grad_(False)
+    else:
+        unet.unload_lora()
+
+
 def one_lora(unet: "UNet2DConditionModel") -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return one LoRA that computes what the active ones do together: its weights by peft's names, and its settings.
 
@@ -116,7 +127,8 @@ def one_lora(unet: "UNet2DConditionModel") -> tuple[dict[str, "Tensor"], dict[st
 
     names = unet.active_adapters()
     if len(names) == 1:
-        return get_peft_model_state_dict(unet, adapter_name=names[0]), unet.peft_config[names[0]].to_dict()
+        alone = get_peft_model_state_dict(unet, adapter_name=names[0])
+        return {key: value.contiguous() for key, value in alone.items()}, unet.peft_config[names[0]].to_dict()
     weights, ranks = {}, {}
     for path, layer in lora_layers(unet).items():
         here = [name for name in names if name in layer.lora_A]

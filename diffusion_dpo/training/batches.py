@@ -104,7 +104,7 @@ class Reader:
         )
         low, high = config.weighting.timestep_range
         uniform = (low + (high - low) * random.timestep_uniform).clamp(max=_BELOW_ONE)
-        timesteps = self.model.sample_timesteps(uniform)
+        timesteps = self.model.sample_timesteps(uniform, config.weighting.num_timesteps)
         return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache, self.model)
 
     def stream(self, first_step: int) -> Generator[Batch, None, None]:

@@ -45,6 +45,8 @@ class HeldOut:
     num_timesteps: int
     batch_size: int
     seed: int
+    only_trained: bool = False
+    """Whether the model knows `num_timesteps` timesteps only (`weighting.num_timesteps`), which the grid then has."""
     objective: Objective | None = None
     """What is trained with, where it is about pairs: its value is then measured as well."""
     _reference: "list[Tensor]" = field(default_factory=list)
@@ -125,7 +127,8 @@ class HeldOut:
     def _timesteps(self, model: LoadedModel) -> "Tensor":
         import torch
 
-        return model.sample_timesteps((torch.arange(self.num_timesteps) + 0.5) / self.num_timesteps)
+        middles = (torch.arange(self.num_timesteps) + 0.5) / self.num_timesteps
+        return model.sample_timesteps(middles, self.num_timesteps if self.only_trained else None)
 
     def _measure(self, name: str, policy: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         """Return the metrics of some cells, from errors of shape (pairs, timesteps, 2)."""

@@ -140,7 +140,8 @@ def prepare(
             examples=form_examples(data.records, held, "pair", scores=scores, swap_labels=config.swap_labels),
             prompts=[data.records[index].prompt.strip() for index in held.tolist()],
             cache=latents,
-            num_timesteps=config.evaluation.num_timesteps,
+            num_timesteps=config.weighting.num_timesteps or config.evaluation.num_timesteps,
+            only_trained=config.weighting.num_timesteps is not None,
             batch_size=config.per_device_batch_size,
             seed=config.seed,
             objective=objective if loss.unit == "pair" else None,
@@ -148,7 +149,9 @@ def prepare(
     reader = Reader(config, model, examples, latents, processes)
     reader = _settle_reference(config, reader, held_out, objective, dtype, processes)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(selective=config.gradient_checkpointing == "selective")
+    if config.compile:
+        model.compile()
     accumulating = distribute(model, processes)
     parameters = model.trainable()
     _announce(reader, held_out, sum(p.numel() for p in parameters.values()), dtype)

@@ -1,9 +1,7 @@
 """Training that starts from an adapter: what the reference is, what is trained, what is saved, what is refused."""
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import LORA_FILE, lora_layers
-from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, Lora, StableDiffusion
+from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, StableDiffusion
+from diffusion_dpo.models.unet_diffusion import Lora
 from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline
 from diffusion_dpo.settings import ImageModel, Sampling
 from tests.fakes import make_stable_diffusion
@@ -33,7 +32,10 @@ def load(
     seed: int = 0,
     base: str = "pocket",
 ) -> LoadedStableDiffusion:
-    return StableDiffusion(pretrained=base, adapter_path=start, lora=lora).load(device=CPU, dtype=dtype, seed=seed)
+    model = StableDiffusion(pretrained=base, adapter_path=start, lora=lora).load(device=CPU, dtype=dtype, seed=seed)
+    if lora is None:
+        model.freeze_copy()
+    return model
 
 
 def train(model: LoadedStableDiffusion, seed: int) -> LoadedStableDiffusion:
@@ -90,15 +92,6 @@ def old_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["old", "old_unet"])
 def any_old(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def diffusers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What diffusers logs, which it keeps from the root logger."""
-    logger = logging.getLogger("diffusers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 def test_a_lora_on_any_layers_is_saved_as_plain_diffusers_reads_it(tmp_path: Path) -> None:

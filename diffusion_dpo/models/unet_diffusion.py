@@ -1,0 +1,354 @@
+"""What the UNet families share: LoRA or full fine-tuning of the UNet, from any start, against what it was at first."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+from pydantic import Field
+
+from diffusion_dpo.config import Config, ConfigError
+from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters, fused_lora
+from diffusion_dpo.models.pipeline import (
+    POCKET_DIR,
+    content_hash,
+    facts,
+    first_sentence,
+    load_base,
+    require_family,
+)
+from diffusion_dpo.settings import PredictionType
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from torch import Tensor
+
+_TRAINED, _START = "default", "start"
+"""The LoRA that is trained, and the one that it may start from, by peft's names."""
+
+
+class Lora(Config):
+    """Low-rank adapters on the UNet (arXiv 2106.09685), through peft."""
+
+    rank: int = Field(8, ge=1)
+    """Rank of the update."""
+    alpha: float | None = Field(None, gt=0)
+    """The update is scaled by alpha / rank; null means alpha = rank."""
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Name endings of the layers that get an adapter; linear layers and convolutions."""
+
+
+class UNetDiffusion(DiffusionModel):
+    """A diffusers pipeline with a UNet; each family is a subclass."""
+
+    pipeline_name: ClassVar[str]
+    """The pipeline of the family, by its name in diffusers."""
+
+    pretrained: str
+    """Local folder or hub id of a diffusers pipeline."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; pin it for results that can be repeated."""
+    variant: str | None = None
+    """Variant of the weight files, e.g. fp16."""
+    adapter_path: Path | None = None
+    """LoRA folder or file, `unet/` folder, or run folder that training starts from; it is part of the reference."""
+    lora: Lora | None = Lora()
+    """LoRA settings; null fine-tunes the whole UNet."""
+
+    def load_pipeline(self, device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
+        """Load the weights; raises ConfigError when they cannot be had or are of another family."""
+        import torch
+
+        if self.adapter_path is not None:
+            adapters.find_adapter(self.adapter_path)  # before gigabytes are loaded
+        pipeline = load_base(
+            self.pretrained,
+            revision=self.revision,
+            variant=self.variant,
+            device=device,
+            dtype=dtype,
+            # a UNet that is trained as a whole must not be rounded on the way in
+            unet_dtype=torch.float32 if self.lora is None else dtype,
+        )
+        require_family(self.pretrained, pipeline, self.pipeline_name)
+        return pipeline
+
+    def usage(self, adapter: str) -> str:
+        """See DiffusionModel."""
+        whole = Path(adapter).name == "unet"  # also of a LoRA that was trained on another whole UNet
+        names = self.pipeline_name + (", UNet2DConditionModel" if whole else "")
+        base = str(POCKET_DIR) if self.pretrained == "pocket" else self.pretrained
+        loading = f"pipe.load_lora_weights({adapter!r})"
+        if whole:
+            loading = f"pipe.unet = UNet2DConditionModel.from_pretrained({adapter!r})"
+        return f"from diffusers import {names}\n\npipe = {self.pipeline_name}.from_pretrained({base!r})\n{loading}"
+
+
+class LoadedUNet(LoadedModel):
+    """The live model. Trained weights are float32 whatever `dtype`; policy and reference share one autocast."""
+
+    def __init__(
+        self, settings: UNetDiffusion, pipeline: "DiffusionPipeline", dtype: "torch.dtype", seed: int
+    ) -> None:
+        import torch
+        from diffusers import DDPMScheduler
+
+        assert settings.lora is not None or pipeline.unet.dtype == torch.float32
+        self._start = None
+        if settings.adapter_path is not None:
+            self._start = adapters.add_adapter(pipeline, settings.adapter_path, name=_START, unet_only=True)
+        self.pipeline = pipeline
+        self.unet = pipeline.unet
+        self.device = pipeline.device
+        self.dtype = dtype
+        self.resolution_px = self.unet.config.sample_size * pipeline.vae_scale_factor
+        self.prediction_type = _prediction_type(settings.pretrained, pipeline)
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
+        parts = pipeline.components
+        encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
+        vocabularies = [parts[name].get_vocab() for name in ("tokenizer", "tokenizer_2") if name in parts]
+        for module in (pipeline.vae, *encoders, self.unet):
+            module.requires_grad_(False).eval()
+        self.base_hash = content_hash([facts(self.scheduler.config), *_start_scales(self.unet)], self.unet)
+        text = [*(facts(encoder.config.to_dict()) for encoder in encoders), *vocabularies]
+        self.encoder_hash = content_hash([facts(pipeline.vae.config), *text], pipeline.vae, *encoders)
+        self._is_lora = settings.lora is not None
+        self.reference_needs_copy = not self._is_lora
+        if settings.lora is not None:
+            self._add_lora(settings.lora, seed)
+        else:
+            if self._start == "lora":
+                adapters.merge(self.unet)
+            self.unet.requires_grad_(True)
+        self.unet.to(memory_format=torch.channels_last)  # what was added, too
+        fused_lora.fuse(self.unet)
+        self._lora_layers = list(adapters.lora_layers(self.unet).values())
+        self._policy: torch.nn.Module | None = None
+        self._copy: UNet2DConditionModel | None = None
+        self._in_reference = self._compiled = False
+
+    def _add_lora(self, lora: Lora, seed: int) -> None:
+        import torch
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(lora.targets),
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the start: it is meant to be there
+            torch.manual_seed(seed)
+            try:
+                self.unet.add_adapter(config, adapter_name=_TRAINED)
+            except ValueError as error:
+                raise ConfigError(
+                    f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
+                ) from None
+        adapters.train_only(self.unet, _TRAINED, beside=[_START] if self._start == "lora" else [])
+
+    # --- encoding; prompts and sizes are each family's own ---
+
+    def encode_images(self, images: "Tensor", noise: "Tensor") -> "Tensor":
+        """See LoadedModel; in the precision of the VAE, which for SDXL's own is never float16."""
+        import torch
+
+        vae = self.pipeline.vae
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+            latents = posterior.mean.float() + posterior.std.float() * noise.to(self.device)
+        return latents * float(vae.config.scaling_factor)
+
+    @property
+    def latent_channels(self) -> int:
+        """See LoadedModel."""
+        return int(self.unet.config.in_channels)
+
+    @property
+    def downscale(self) -> int:
+        """See LoadedModel."""
+        return int(self.pipeline.vae_scale_factor)
+
+    # --- diffusion ---
+
+    def sample_timesteps(self, uniform: "Tensor", num_timesteps: int | None = None) -> "Tensor":
+        """Uniform over the training timesteps, or over the last one of each of `num_timesteps` equal parts of them.
+
+        Of 1000, with num_timesteps = 4: 249, 499, 749, 999, where Turbo models were distilled (arXiv 2311.17042, and
+        the code of Diffusion-DPO).
+        """
+        total = int(self.scheduler.config.num_train_timesteps)
+        if num_timesteps is None:
+            return (uniform * total).long()
+        return ((uniform * num_timesteps).long() + 1) * total // num_timesteps - 1
+
+    def log_snr(self, timesteps: "Tensor") -> "Tensor":
+        """See LoadedModel."""
+        alpha_squared = self._alphas_cumprod[timesteps]
+        return (alpha_squared / (1 - alpha_squared)).log()
+
+    def add_noise(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
+        """x_t = alpha_t x_0 + sigma_t epsilon."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: "Tensor", noise: "Tensor", timesteps: "Tensor") -> "Tensor":
+        """Epsilon, x_0, or v = alpha_t epsilon - sigma_t x_0 (arXiv 2202.00512)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def predict(self, noisy_latents: "Tensor", timesteps: "Tensor", conditioning: dict[str, "Tensor"]) -> "Tensor":
+        """See LoadedModel; float32 out."""
+        import torch
+
+        denoiser = self._copy if self._in_reference else self._policy
+        if denoiser is None:
+            denoiser = self.unet
+        half = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=half), self._compiler_errors():
+            output = denoiser(
+                noisy_latents.contiguous(memory_format=torch.channels_last),
+                timesteps,
+                **self.denoiser_inputs(conditioning),
+            )
+        return output.sample.float()
+
+    def denoiser_inputs(self, conditioning: dict[str, "Tensor"]) -> "dict[str, Tensor | dict[str, Tensor]]":
+        """Return the conditioning by the names that the UNet's forward has for it."""
+        return {**conditioning}
+
+    def _compiler_errors(self) -> AbstractContextManager[None]:
+        return _compiler_errors() if self._compiled else contextlib.nullcontext()
+
+    # --- policy and reference ---
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The frozen copy; or else the trained LoRA left out; or else the UNet as it is."""
+        import torch
+
+        self._in_reference = True
+        try:
+            with torch.no_grad(), adapters.left_out(self._lora_layers, _TRAINED):
+                yield
+        finally:
+            self._in_reference = False
+
+    def freeze_copy(self) -> None:
+        """See LoadedModel. What is not trained is shared; of what is, as little is kept as the reference needs.
+
+        Autocast rounds the weights of linear layers and convolutions to half precision, so that they can be stored
+        so. Those of the norms it does not round.
+        """
+        import torch
+
+        layers = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+        instead: dict[int, torch.nn.Parameter] = {}
+        for module in self.unet.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    value = parameter.detach()
+                    kept = value.to(self.dtype if isinstance(module, layers) else value.dtype, copy=True)
+                    instead[id(parameter)] = torch.nn.Parameter(kept, requires_grad=False)
+                else:
+                    instead[id(parameter)] = parameter
+        self._copy = copy.deepcopy(self.unet, instead)
+        if self._is_lora:
+            adapters.remove(self._copy, _TRAINED)
+
+    def wrap_policy(self, wrap: "Callable[[torch.nn.Module], torch.nn.Module]") -> None:
+        """See LoadedModel."""
+        self._policy = wrap(self.unet)
+
+    def compile(self) -> None:
+        """See LoadedModel. Each width is compiled with and without gradients, and once more when the shape changes."""
+        import torch._dynamo
+
+        # at the default, 8, whatever comes after the first shape would not be compiled at all
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        # with a LoRA and without, other steps are fused: rounded in between as ever, they begin as one in bf16 too
+        options = {"emulate_precision_casts": True}
+        self.unet.compile_repeated_blocks(options=options)
+        if self._copy is not None:
+            self._copy.compile_repeated_blocks(options=options)
+        self._compiled = True
+
+    # --- training and saving ---
+
+    def trainable(self) -> dict[str, "torch.nn.Parameter"]:
+        """See LoadedModel."""
+        return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
+
+    def enable_gradient_checkpointing(self, *, selective: bool) -> None:
+        """See LoadedModel. The selected ones are the outer blocks, down to the first resolution with attention.
+
+        Counted for one pair in bfloat16, whole UNet trained: in SD 1.5 at 512 px they hold 26 % of the bytes that are
+        kept for the backward pass and cost 7 % more FLOPs (all blocks: 85 %, 23 %), in SDXL at 1024 px 23 % and 7 %
+        (93 %, 25 %). SDXL's blocks of the highest resolution alone, without attention, hold 4 %.
+        """
+        unet = self.unet
+        unet.enable_gradient_checkpointing()
+        if not selective:
+            return
+        with_attention = [
+            any(name == "attentions" for name, _ in block.named_children()) for block in unet.down_blocks
+        ]
+        num_outer = with_attention.index(True) + 1
+        for block in (*unet.down_blocks[num_outer:], unet.mid_block, *unet.up_blocks[:-num_outer]):
+            for module in block.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False
+
+    def save(self, run_dir: Path) -> Path:
+        """Write `adapter/`, for `pipe.load_lora_weights`, or the whole `unet/`, where that is trained or started from.
+
+        A LoRA that training started from is in the adapter too, so that the pretrained model needs nothing else.
+        """
+        if not self._is_lora or self._start == "unet":
+            whole = self.unet
+            if self._is_lora:
+                whole = copy.deepcopy(self.unet)
+                adapters.merge(whole)
+            whole.save_pretrained(run_dir / "unet")
+            return run_dir / "unet"
+        weights, config = adapters.one_lora(self.unet)
+        # by peft's names: in diffusers' own, which exist for attention only, it would lose the layers of other kinds
+        self.pipeline.save_lora_weights(
+            run_dir / "adapter", unet_lora_layers=weights, unet_lora_adapter_metadata=config
+        )
+        return run_dir / "adapter"
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    """Say in one sentence what torch.compile, which works when a block first runs, cannot do."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        raise ConfigError(
+            f"compile=true, and torch.compile failed: {first_sentence(error)}. Set compile=false; `diffusion-dpo "
+            "doctor` shows the versions here"
+        ) from error
+
+
+def _prediction_type(name: str, pipeline: "DiffusionPipeline") -> PredictionType:
+    prediction: PredictionType = pipeline.scheduler.config.prediction_type
+    if prediction not in get_args(PredictionType):
+        raise ConfigError(f"{name} predicts {prediction!r}; one of {', '.join(get_args(PredictionType))} is needed")
+    return prediction
+
+
+def _start_scales(unet: "torch.nn.Module") -> list[dict[str, float]]:
+    """How strongly the LoRA that training starts from acts on each layer; nothing without one."""
+    layers = adapters.lora_layers(unet)
+    return [{name: layer.scaling[_START] for name, layer in layers.items()}] if layers else []
