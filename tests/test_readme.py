@@ -50,8 +50,12 @@ def test_command_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     """Verbs are replaced by nothing: what is tested is that the command reaches them with settings that hold."""
     monkeypatch.chdir(ROOT)
     program, *arguments = shlex.split(line, comments=True)
+    if program == "accelerate":
+        assert arguments[:2] == ["launch", "--config_file"] and Path(arguments[2]).exists()
+        assert arguments[3:5] == ["-m", "diffusion_dpo"]
+        program, arguments = "diffusion-dpo", arguments[5:]
     if program == "diffusion-dpo":
-        for verb in (*VERBS, "demo", "doctor", "find_beta"):
+        for verb in (*VERBS, "demo", "doctor", "find_beta", "dry_run"):
             module = types.ModuleType(f"diffusion_dpo.{verb}")
             module.run = lambda config: 0  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
