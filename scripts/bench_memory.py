@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def settings(folder: Path, num_pairs: int) -> TrainConfig:
-    """The settings of the run: what `diffusion-dpo train` takes unless told otherwise, with a short evaluation and no previews."""
+    """The defaults of `diffusion-dpo train`, with a short evaluation and no previews."""
     overrides = [
         "data.type=bench_memory:CachedPairs",
         f"data.num_pairs={num_pairs}",
