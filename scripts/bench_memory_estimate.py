@@ -29,7 +29,6 @@ from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.device import pick_dtype
 from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.settings import TrainConfig
-from diffusion_dpo.training.memory import make_estimator
 
 NUM_PAIRS = 8
 KINDS = {
@@ -157,8 +156,9 @@ def estimate(settings: list[str], device: str) -> float:
     """MiB, as a process that has done nothing else foretells them: it counts itself."""
     config = load(TrainConfig, None, settings)
     program = (
-        "import sys; from diffusion_dpo import train; from diffusion_dpo.config import load; from diffusion_dpo.settings import TrainConfig\n"
-        "from diffusion_dpo.training.memory import make_estimator; import torch\n"
+        "import sys; from diffusion_dpo import train; from diffusion_dpo.config import load\n"
+        "from diffusion_dpo.settings import TrainConfig; import torch\n"
+        "from diffusion_dpo.training.memory import make_estimator\n"
         "config = load(TrainConfig, None, sys.argv[2:]); dtype = getattr(torch, sys.argv[1].partition('.')[2])\n"
         "estimator = make_estimator(config, config.device, dtype); found = estimator.estimate(config).total\n"
         "print((found - (estimator.process_bytes if config.device == 'cuda' else 0)) / 2**20)"

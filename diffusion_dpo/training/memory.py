@@ -6,14 +6,13 @@ it trains, and in between it draws previews. `scripts/bench_memory_estimate.py` 
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from diffusion_dpo.config import ConfigError
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.settings import TrainConfig
-from diffusion_dpo.training.skeleton import Skeleton, read_skeleton
+from diffusion_dpo.training.skeleton import Skeleton, StepBytes, read_skeleton
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +58,14 @@ class Estimator:
     skeleton: Skeleton
     process_bytes: float
     """What the process, or on a GPU its context, takes before any tensor."""
+    counts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    """What was simulated already."""
 
     def estimate(self, config: TrainConfig) -> Estimate:
         """Return what a run with these settings needs; `config.model` is that of the estimator."""
         skeleton, size = self.skeleton, config.per_device_batch_size
         accumulates = config.gradient_accumulation_steps > 1
-        step = self._step(config, size, accumulates)
+        step = self.step(config)
         held = self.held(config)
         gradients = sum(_bytes(parameter) for parameter in skeleton.trained())
         at_step = step.peak + (gradients if accumulates else 0)
@@ -109,23 +110,26 @@ class Estimator:
                 return size
         return 0
 
-    def _step(self, config: TrainConfig, size: int, accumulates: bool) -> "_Peaks":
+    def step(self, config: TrainConfig) -> StepBytes:
         """The peak of a micro-batch: counted for one and for many examples, and on the line between them."""
-        num_images = images_per_example(config)
-
-        def count(number: int) -> _Peaks:
-            found = self.skeleton.step(
-                number * num_images,
-                checkpointing=config.gradient_checkpointing,
-                accumulate=accumulates,
-                asks_reference=_asks_reference(config),
-            )
-            return _Peaks(found.saved, found.peak)
-
-        return _between(count, size)
+        settings = {
+            "checkpointing": config.gradient_checkpointing,
+            "accumulates": config.gradient_accumulation_steps > 1,
+            "asks_reference": _asks_reference(config),
+        }
+        num_images, size = images_per_example(config), config.per_device_batch_size
+        near: StepBytes = self._counted("step", num_images, **settings)
+        if size == 1:
+            return near
+        far: StepBytes = self._counted("step", _FAR * num_images, **settings)
+        share = (size - 1) / (_FAR - 1)
+        return StepBytes(
+            round(near.saved + share * (far.saved - near.saved)), round(near.peak + share * (far.peak - near.peak))
+        )
 
     def _encoding(self, size: int) -> float:
-        return self.skeleton.encoding(min(8, size), self.skeleton.resolution_px)
+        """The VAE holds as much for every image."""
+        return float(min(8, size) * self._counted("encoding", 1, self.skeleton.resolution_px))
 
     def _previews(self, config: TrainConfig) -> float:
         assert config.preview is not None
@@ -133,13 +137,13 @@ class Estimator:
         num_images = min(sampling.batch_size, len(config.preview.prompts) or 4)
         side = sampling.resolution_px or self.skeleton.resolution_px
         guided = num_images * (2 if sampling.guidance_scale > 1 else 1)
-        return max(self.skeleton.denoising(guided, side), self.skeleton.decoding(num_images, side))
+        return float(max(self._counted("denoising", guided, side), num_images * self._counted("decoding", 1, side)))
 
-
-@dataclass(frozen=True)
-class _Peaks:
-    saved: float
-    peak: float
+    def _counted(self, what: str, *place: int, **settings: Any) -> Any:
+        key = (what, *place, *settings.items())
+        if key not in self.counts:
+            self.counts[key] = getattr(self.skeleton, what)(*place, **settings)
+        return self.counts[key]
 
 
 def make_estimator(config: TrainConfig, device_type: str, dtype: "torch.dtype") -> Estimator:
@@ -157,7 +161,7 @@ def images_per_example(config: TrainConfig) -> int:
     return 2 if loss.unit == "pair" else 1
 
 
-# --- what the optimizers keep -----------------------------------------------------------------------------------------
+# --- what the optimizers keep ----------------------------------------------------------------------------------------
 
 
 def _adamw(parameters: "Iterable[Tensor]") -> float:
@@ -194,16 +198,7 @@ OPTIMIZER_BYTES: "dict[str, Callable[[Iterable[Tensor]], float]]" = {
 }
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _between(count: Callable[[int], _Peaks], size: int) -> _Peaks:
-    near = count(1)
-    if size == 1:
-        return near
-    far = count(_FAR)
-    share = (size - 1) / (_FAR - 1)
-    return _Peaks(near.saved + share * (far.saved - near.saved), near.peak + share * (far.peak - near.peak))
+# --- details ---------------------------------------------------------------------------------------------------------
 
 
 def _needs_reference(config: TrainConfig) -> bool:

@@ -5,7 +5,7 @@ Nothing is downloaded but settings, nothing is computed, and no device is needed
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
@@ -47,20 +47,15 @@ class Skeleton:
     on_cuda: bool
     start_bytes: int = 0
     """Of a LoRA that training starts from."""
-    _steps: dict[tuple[Any, ...], StepBytes] = field(default_factory=dict)
 
     def trained(self) -> "list[Tensor]":
         """Return the trained weights."""
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
-    def step(self, num_images: int, *, checkpointing: bool | str, accumulate: bool, asks_reference: bool) -> StepBytes:
-        """Run a training step of a micro-batch on fake tensors; `accumulate`: gradients are there from one before."""
-        key = (num_images, checkpointing, accumulate, asks_reference)
-        if key not in self._steps:
-            self._steps[key] = self._step(num_images, checkpointing, accumulate, asks_reference)
-        return self._steps[key]
-
-    def _step(self, num_images: int, checkpointing: bool | str, accumulate: bool, asks_reference: bool) -> StepBytes:
+    def step(
+        self, num_images: int, *, checkpointing: bool | str, accumulates: bool, asks_reference: bool
+    ) -> StepBytes:
+        """Run a training step of a micro-batch on fake tensors; `accumulates`: gradients are there from one before."""
         import torch
 
         from diffusion_dpo.training.live_bytes import LiveBytes
@@ -68,7 +63,7 @@ class Skeleton:
         with self._faked(self.unet) as unet:
             _checkpoint(unet, checkpointing)
             parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-            if accumulate:
+            if accumulates:
                 for parameter in parameters:
                     parameter.grad = torch.empty_like(parameter)
             grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -156,29 +151,30 @@ class Skeleton:
     def _faked(self, module: Any) -> Iterator[Any]:
         """A copy of a module with fake tensors on the CPU for weights, in the mode in which they can be computed with.
 
-        For CUDA its norms take float32, as autocast on CUDA has it (https://docs.pytorch.org/docs/stable/amp.html),
-        and group norms contiguous images; the CPU does neither. Fake tensors of CUDA itself have no backward where
-        there is no such device.
+        For CUDA the norms of the UNet take float32, as autocast on CUDA has it
+        (https://docs.pytorch.org/docs/stable/amp.html), and contiguous images; the CPU does neither. Fake tensors of
+        CUDA itself have no backward where there is no such device. The VAE runs without autocast.
         """
         import copy
 
         import torch
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        upcasts = self.on_cuda and module is self.unet and self.dtype != torch.float32
         module = copy.deepcopy(module)
         with FakeTensorMode():
             for part in module.modules():
-                is_norm = isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm)
+                is_upcast = upcasts and isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm)
                 for name, value in [*part._parameters.items(), *part._buffers.items()]:
                     if value is None:
                         continue
-                    dtype = torch.float32 if is_norm and self.on_cuda else value.dtype
+                    dtype = torch.float32 if is_upcast else value.dtype
                     fake = torch.empty_strided(value.shape, value.stride(), dtype=dtype)
                     if name in part._parameters:
                         part._parameters[name] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
                     else:
                         part._buffers[name] = fake
-                if is_norm and self.on_cuda and self.dtype != torch.float32:
+                if is_upcast:
                     part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float().contiguous(),))
             yield module
 
