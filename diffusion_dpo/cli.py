@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from diffusion_dpo import __version__, interrupt, processes
 from diffusion_dpo.config import Config, ConfigError, load
-from diffusion_dpo.settings import VERBS, DemoConfig
+from diffusion_dpo.settings import VERBS, DemoConfig, TrainConfig
 
 
 class _Verbs(TyperGroup):
@@ -126,9 +126,14 @@ def _train(
     find_beta: Annotated[
         bool, typer.Option("--find-beta", help="Recommend beta and learning_rate, from short probes; trains nothing.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print steps, disk and memory that the run will take; writes nothing.")
+    ] = False,
 ) -> None:
+    if find_beta and dry_run:
+        raise ConfigError("--find-beta and --dry-run are two different things; give one of them")
     path, overrides = _split(arguments or [])
-    _run("find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
+    _run("dry_run" if dry_run else "find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
@@ -219,9 +224,23 @@ def _refusal(error: Exception, config: Config) -> str | None:
     if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return f"{where}: {os.strerror(number)}. Give a folder that exists or can be made"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return (
-            f"out of memory: {text.splitlines()[0] if text else 'the machine has no more'}\n"
-            "To need less: a smaller per_device_batch_size, batch_size or sampling.batch_size; a smaller "
-            "resolution_px; gradient_checkpointing=true when training"
-        )
+        traceback.clear_frames(error.__traceback__)  # what the run still holds goes, or there is no room to think in
+        return f"out of memory: {text.splitlines()[0] if text else 'the machine has no more'}\n{_relief(config)}"
     return None
+
+
+def _relief(config: Config) -> str:
+    """Return what to change to need less memory: of a training run with numbers, where they can be had."""
+    if isinstance(config, TrainConfig):
+        from diffusion_dpo.dry_run import relief
+
+        try:
+            changes = relief(config)
+        except (ConfigError, ImportError, MemoryError, OSError, RuntimeError):
+            changes = []
+        if changes:
+            return "To need less (estimates; checkpoints are as they were): " + "; ".join(changes)
+    return (
+        "To need less: a smaller per_device_batch_size, batch_size or sampling.batch_size; a smaller resolution_px; "
+        "gradient_checkpointing=true when training"
+    )

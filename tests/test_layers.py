@@ -18,7 +18,7 @@ LAYERS = [
     {"losses", "data", "models", "scorers", "checkpoint", "tracking"},
     {"sampling", "report", "card"},
     {"training"},
-    {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor"},
+    {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "__main__"},
 ]

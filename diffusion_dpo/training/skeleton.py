@@ -1,0 +1,300 @@
+"""A model without its weights: built from its settings alone, run on fake tensors, to count what real ones would hold.
+
+Nothing is downloaded but settings, nothing is computed, and no device is needed: a step of SDXL takes seconds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models import DiffusionModel, adapters
+from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence
+from diffusion_dpo.settings import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_TRAINED = "default"
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What one forward and backward of a micro-batch holds, beyond what is there before it, in bytes."""
+
+    saved: int
+    """After the forward: what the backward will need."""
+    peak: int
+    """At most; the gradients included, unless they were there before."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The parts of a pipeline as `train` loads them, on the meta device: shapes and dtypes, no numbers."""
+
+    unet: Any
+    """With its LoRA; `requires_grad` is true of what is trained."""
+    vae: Any
+    text_encoders: list[Any]
+    num_tokens: int
+    downscale: int
+    """Pixels per latent element along one side."""
+    resolution_px: int
+    dtype: "torch.dtype"
+    """Of the autocast and of the frozen parts."""
+    on_cuda: bool
+    start_bytes: int = 0
+    """Of a LoRA that training starts from."""
+
+    def trained(self) -> "list[Tensor]":
+        """Return the trained weights."""
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def step(
+        self, num_images: int, *, checkpointing: bool | str, accumulates: bool, asks_reference: bool
+    ) -> StepBytes:
+        """Run a training step of a micro-batch on fake tensors; `accumulates`: gradients are there from one before."""
+        import torch
+
+        from diffusion_dpo.training.live_bytes import LiveBytes
+
+        with self._faked(self.unet) as unet:
+            _checkpoint(unet, checkpointing)
+            parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+            if accumulates:
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
+            grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            inputs = self._inputs(num_images, self.resolution_px)
+            with LiveBytes([*unet.parameters(), *grads]) as counted:
+                reference = None
+                if asks_reference:
+                    with torch.no_grad(), self._without_training(unet, parameters):
+                        reference = self._predict(unet, inputs)
+                prediction = self._predict(unet, inputs)
+                residual = prediction - inputs["sample"]
+                if reference is not None:
+                    (reference - inputs["sample"]).square().mean()
+                    (prediction.detach() - reference).square().mean()
+                loss = residual.square().flatten(1).mean(1).sum()
+                saved = counted.live
+                loss.backward()
+            return StepBytes(saved, counted.peak)
+
+    def denoising(self, num_images: int, side_px: int) -> int:
+        """Return the peak of bytes of a forward without gradient, as when drawing and evaluating."""
+        import torch
+
+        from diffusion_dpo.training.live_bytes import LiveBytes
+
+        with self._faked(self.unet) as unet, LiveBytes(unet.parameters()) as counted, torch.no_grad():
+            self._predict(unet, self._inputs(num_images, side_px))
+        return counted.peak
+
+    def encoding(self, num_images: int, side_px: int) -> int:
+        """Return the peak of bytes while the VAE encodes images."""
+        return self._vae_peak("encode", (num_images, 3, side_px, side_px))
+
+    def decoding(self, num_images: int, side_px: int) -> int:
+        """Return the peak of bytes while the VAE decodes latents."""
+        side = side_px // self.downscale
+        return self._vae_peak("decode", (num_images, self.vae.config.latent_channels, side, side))
+
+    def _vae_peak(self, method: str, shape: tuple[int, ...]) -> int:
+        import torch
+
+        from diffusion_dpo.training.live_bytes import LiveBytes
+
+        with self._faked(self.vae) as vae, LiveBytes(vae.parameters()) as counted, torch.no_grad():
+            getattr(vae, method)(torch.empty(shape, dtype=vae.dtype))
+        return counted.peak
+
+    def _inputs(self, num_images: int, side_px: int) -> "dict[str, Any]":
+        import torch
+
+        config, side = self.unet.config, side_px // self.downscale
+        sample = torch.empty(num_images, config.in_channels, side, side)
+        inputs: dict[str, Any] = {
+            "sample": sample.contiguous(memory_format=torch.channels_last),
+            "timestep": torch.empty(num_images, dtype=torch.int64),
+            "encoder_hidden_states": torch.empty(num_images, self.num_tokens, config.cross_attention_dim),
+        }
+        if config.addition_embed_type == "text_time":  # SDXL: six numbers of size and crop beside the pooled text
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            inputs["added_cond_kwargs"] = {
+                "text_embeds": torch.empty(num_images, width),
+                "time_ids": torch.empty(num_images, 6),
+            }
+        return inputs
+
+    def _predict(self, unet: Any, inputs: dict[str, Any]) -> "Tensor":
+        import torch
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype != torch.float32):
+            prediction: Tensor = unet(**inputs).sample
+        return prediction.float()
+
+    @contextmanager
+    def _without_training(self, unet: Any, parameters: "list[torch.nn.Parameter]") -> Iterator[None]:
+        """The reference: without the LoRA, or a copy whose weights autocast does not keep a second time."""
+        layers = list(adapters.lora_layers(unet).values())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        with adapters.left_out(layers, _TRAINED):
+            yield
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+    @contextmanager
+    def _faked(self, module: Any) -> Iterator[Any]:
+        """A copy of a module with fake tensors on the CPU for weights, in the mode in which they can be computed with.
+
+        For CUDA the norms of the UNet take float32, as autocast on CUDA has it
+        (https://docs.pytorch.org/docs/stable/amp.html), and contiguous images; the CPU does neither. Fake tensors of
+        CUDA itself have no backward where there is no such device. The VAE runs without autocast.
+        """
+        import copy
+
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        upcasts = self.on_cuda and module is self.unet and self.dtype != torch.float32
+        module = copy.deepcopy(module)
+        with FakeTensorMode():
+            for part in module.modules():
+                is_upcast = upcasts and isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm)
+                for name, value in [*part._parameters.items(), *part._buffers.items()]:
+                    if value is None:
+                        continue
+                    dtype = torch.float32 if is_upcast else value.dtype
+                    fake = torch.empty_strided(value.shape, value.stride(), dtype=dtype)
+                    if name in part._parameters:
+                        part._parameters[name] = torch.nn.Parameter(fake, requires_grad=value.requires_grad)
+                    else:
+                        part._buffers[name] = fake
+                if is_upcast:
+                    part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float().contiguous(),))
+            yield module
+
+
+def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -> Skeleton:
+    """Read a model's settings, and build it without weights, with what is trained.
+
+    Raises ConfigError when the settings cannot be had, or when the model is of a family that is not known here.
+    """
+    import torch
+
+    model: Any = config.model
+    if getattr(model, "type", None) not in ("stable_diffusion", "stable_diffusion_xl"):
+        raise ConfigError(f"there is no memory estimate for model.type={model.type}")
+    unet_config, vae_config, texts = _read_settings(model)
+    start = None if model.adapter_path is None else adapters.find_adapter(model.adapter_path)
+    start_bytes = 0
+    if start is not None and start[0] == "lora" and model.lora is not None:
+        start_bytes = _num_elements(start[1]) * 4
+    whole = model.lora is None or (start is not None and start[0] == "unet")  # these are float32 from the beginning
+    unet = _build_unet(unet_config, model.lora, torch.float32 if whole else dtype)
+    upcast = model.type == "stable_diffusion_xl" and vae_config.get("force_upcast", True) and dtype == torch.float16
+    vae = _build_vae(vae_config, torch.float32 if upcast else dtype)
+    downscale = 2 ** (len(vae_config["block_out_channels"]) - 1)
+    side = config.resolution_px or int(unet.config.sample_size) * downscale
+    if side % downscale:
+        raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {downscale}")
+    return Skeleton(
+        unet=unet,
+        vae=vae,
+        text_encoders=[_build_text_encoder(text, dtype) for text in texts],
+        num_tokens=texts[0].max_position_embeddings,
+        downscale=downscale,
+        resolution_px=side,
+        dtype=dtype,
+        on_cuda=on_cuda,
+        start_bytes=start_bytes,
+    )
+
+
+def _read_settings(model: DiffusionModel) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+    """Return the settings of UNet, VAE and text encoders."""
+    import diffusers.utils.logging
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from transformers import AutoConfig
+
+    diffusers.utils.logging.set_verbosity_error()  # "cannot find diffusion_pytorch_model": nobody asked for it
+    settings: Any = model
+    source = str(POCKET_DIR) if settings.pretrained == "pocket" else settings.pretrained
+    revision = settings.revision
+    try:
+        index = DiffusionPipeline.load_config(source, revision=revision)
+        unet = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
+        if settings.adapter_path is not None:
+            kind, where = adapters.find_adapter(settings.adapter_path)
+            unet = UNet2DConditionModel.load_config(where) if kind == "unet" else unet
+        vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
+        texts = [
+            AutoConfig.from_pretrained(source, subfolder=name, revision=revision)
+            for name in ("text_encoder", "text_encoder_2")
+            if index.get(name, [None])[0] is not None
+        ]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the settings of the model {source}: {first_sentence(error)}") from error
+    return unet, vae, texts
+
+
+def _build_unet(config: dict[str, Any], lora: Any, dtype: "torch.dtype") -> Any:
+    import torch
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config).to(dtype).eval()
+        unet.requires_grad_(lora is None)
+        if lora is not None:
+            settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets))
+            try:
+                unet.add_adapter(settings, adapter_name=_TRAINED)
+            except ValueError as error:
+                raise ConfigError(
+                    f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
+                ) from None
+            adapters.train_only(unet, _TRAINED)
+    return unet.to(memory_format=torch.channels_last)
+
+
+def _build_vae(config: dict[str, Any], dtype: "torch.dtype") -> Any:
+    import torch
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config).to(dtype).eval()
+    return vae.to(memory_format=torch.channels_last)
+
+
+def _build_text_encoder(config: Any, dtype: "torch.dtype") -> Any:
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, config.architectures[0])(config).to(dtype)
+
+
+def _checkpoint(unet: Any, how: bool | str) -> None:
+    """Recompute in the backward pass what the model families recompute; selective: in the outermost blocks only."""
+    if not how:
+        return
+    unet.enable_gradient_checkpointing()
+    if how == "selective":
+        for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
+            for module in block.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.gradient_checkpointing = False
+
+
+def _num_elements(file: Any) -> int:
+    from math import prod
+
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as tensors:
+        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
