@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+import numpy as np
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, show, warn
@@ -17,9 +19,6 @@ from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import setup
 from diffusion_dpo.training.memory import GIB, Estimator, images_per_example, make_estimator
-
-if TYPE_CHECKING:
-    pass
 
 CARDS_GB = (8, 12, 16, 24, 80)
 _USABLE = 0.97
@@ -40,7 +39,10 @@ def run(config: TrainConfig) -> None:
     setup.refuse_contradictions(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
-    data = collect.collect(cast(PairSource, config.data), max_broken_share=config.max_broken_share)
+    index_dir = (config.cache_dir or config.output_dir / "cache") / "index"
+    data = collect.collect(
+        cast(PairSource, config.data), max_broken_share=config.max_broken_share, index_dir=index_dir
+    )
     train_on, held = setup.hold_out(config, data)
     examples = setup._examples(config, data, train_on, setup._scores(config, data))
     say("dry run: nothing is written, encoded or trained")
@@ -49,15 +51,13 @@ def run(config: TrainConfig) -> None:
         f"steps: {config.max_steps}, each of {config.gradient_accumulation_steps} micro-batches of "
         f"{config.per_device_batch_size}: {epochs:.1f} epochs of {len(examples)} examples from {len(train_on)} pairs"
     )
-    prompts = {record.prompt for record in data.records}
-    say(f"held out: {len(held)} pairs of {len({data.records[i].prompt.strip() for i in held})} prompts")
+    say(f"held out: {len(held)} pairs of {len(np.unique(data.prompt_keys[data.prompt_codes[held]]))} prompts")
     try:
         estimator = make_estimator(config, device.type, dtype)
     except ConfigError as error:
         warn(f"no estimate of disk and memory: {error}")
         return
-    masked = any(record.has_mask for record in data.records)
-    _say_disk(config, estimator, len(data), len(prompts), len(examples), masked=masked)
+    _say_disk(config, estimator, len(data), len(data.prompts), len(examples), masked=data.has_masks)
     _say_memory(config, estimator, f"{device.type} in {str(dtype).removeprefix('torch.')}")
     _show_cards(config, _for_cards(config, estimator))
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"training"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other
-    {"cli", "cli_help", "__main__"},
+    {"cli", "cli_help", "launch", "__main__"},
 ]
 LAYER_OF = {name: level for level, names in enumerate(LAYERS) for name in names}
 SIBLINGS_MAY = {0, 1, len(LAYERS) - 1}

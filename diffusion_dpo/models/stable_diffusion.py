@@ -33,7 +33,3 @@ class LoadedStableDiffusion(LoadedUNet):
         with torch.no_grad():
             embeds, _ = self.pipeline.encode_prompt(list(prompts), self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embeds.float()}
-
-    def image_conditioning(self, sizes: "Tensor") -> dict[str, "Tensor"]:
-        """Nothing: this family is not told how an image was cropped."""
-        return {}

@@ -288,24 +288,8 @@ class LoadedUNet(LoadedModel):
         return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
 
     def enable_gradient_checkpointing(self, *, selective: bool) -> None:
-        """See LoadedModel. The selected ones are the outer blocks, down to the first resolution with attention.
-
-        Counted for one pair in bfloat16, whole UNet trained: in SD 1.5 at 512 px they hold 26 % of the bytes that are
-        kept for the backward pass and cost 7 % more FLOPs (all blocks: 85 %, 23 %), in SDXL at 1024 px 23 % and 7 %
-        (93 %, 25 %). SDXL's blocks of the highest resolution alone, without attention, hold 4 %.
-        """
-        unet = self.unet
-        unet.enable_gradient_checkpointing()
-        if not selective:
-            return
-        with_attention = [
-            any(name == "attentions" for name, _ in block.named_children()) for block in unet.down_blocks
-        ]
-        num_outer = with_attention.index(True) + 1
-        for block in (*unet.down_blocks[num_outer:], unet.mid_block, *unet.up_blocks[:-num_outer]):
-            for module in block.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.gradient_checkpointing = False
+        """See LoadedModel."""
+        checkpoint_blocks(self.unet, selective=selective)
 
     def save(self, run_dir: Path) -> Path:
         """Write `adapter/`, for `pipe.load_lora_weights`, or the whole `unet/`, where that is trained or started from.
@@ -325,6 +309,25 @@ class LoadedUNet(LoadedModel):
             run_dir / "adapter", unet_lora_layers=weights, unet_lora_adapter_metadata=config
         )
         return run_dir / "adapter"
+
+
+def checkpoint_blocks(unet: "UNet2DConditionModel", *, selective: bool) -> None:
+    """Let blocks of a UNet be recomputed in the backward pass: all, or the outer ones.
+
+    The outer ones go down to the first resolution with attention. Counted for one pair in bfloat16, whole UNet trained:
+    in SD 1.5 at 512 px they hold 26 % of the bytes that are kept for the backward pass and cost 7 % more FLOPs (all
+    blocks: 85 %, 23 %), in SDXL at 1024 px 23 % and 7 % (93 %, 25 %). SDXL's blocks of the highest resolution alone,
+    without attention, hold 4 %.
+    """
+    unet.enable_gradient_checkpointing()
+    if not selective:
+        return
+    with_attention = [any(name == "attentions" for name, _ in block.named_children()) for block in unet.down_blocks]
+    num_outer = with_attention.index(True) + 1
+    for block in (*unet.down_blocks[num_outer:], unet.mid_block, *unet.up_blocks[:-num_outer]):
+        for module in block.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.gradient_checkpointing = False
 
 
 @contextmanager

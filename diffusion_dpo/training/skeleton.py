@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models import DiffusionModel, adapters
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence
+from diffusion_dpo.models.unet_diffusion import checkpoint_blocks
 from diffusion_dpo.settings import TrainConfig
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ class Skeleton:
         from diffusion_dpo.training.live_bytes import LiveBytes
 
         with self._faked(self.unet) as unet:
-            _checkpoint(unet, checkpointing)
+            if checkpointing:
+                checkpoint_blocks(unet, selective=checkpointing == "selective")
             parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
             if accumulates:
                 for parameter in parameters:
@@ -277,18 +279,6 @@ def _build_text_encoder(config: Any, dtype: "torch.dtype") -> Any:
 
     with torch.device("meta"):
         return getattr(transformers, config.architectures[0])(config).to(dtype)
-
-
-def _checkpoint(unet: Any, how: bool | str) -> None:
-    """Recompute in the backward pass what the model families recompute; selective: in the outermost blocks only."""
-    if not how:
-        return
-    unet.enable_gradient_checkpointing()
-    if how == "selective":
-        for block in (*unet.down_blocks[1:], unet.mid_block, *unet.up_blocks[:-1]):
-            for module in block.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    module.gradient_checkpointing = False
 
 
 def _num_elements(file: Any) -> int:
