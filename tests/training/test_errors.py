@@ -17,10 +17,15 @@ SHAPE = (4, 8, 8)
 class KnownModel:
     """Predicts a multiple of the noisy latents, plus the conditioning; the reference uses another multiple."""
 
+    downscale = 8
+
     def __init__(self) -> None:
         self.factor = torch.tensor(0.7, requires_grad=True)
         self.calls: list[str] = []
         self._frozen = False
+
+    def image_conditioning(self, sizes: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {}
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         return latents + timesteps.view(-1, 1, 1, 1) / 1000 * noise
