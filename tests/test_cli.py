@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,11 +246,15 @@ def test_a_signal_ends_a_verb_after_it_has_cleaned_up(body: str, number: signal.
     assert err == "stopped; the same command again continues from what is saved\n"
 
 
-def test_a_second_signal_does_not_wait() -> None:
+def test_a_second_signal_does_not_wait_but_an_echo_of_the_first_counts_for_nothing() -> None:
+    """A launcher passes on the Ctrl-C that the terminal has sent to all processes already."""
+
     def work() -> None:
         with interrupt.deferred() as stop:
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1.1)
             os.kill(os.getpid(), signal.SIGTERM)
             pytest.fail("the second signal must raise at once")
 

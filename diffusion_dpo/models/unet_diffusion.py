@@ -314,7 +314,7 @@ class LoadedUNet(LoadedModel):
 def checkpoint_blocks(unet: "UNet2DConditionModel", *, selective: bool) -> None:
     """Let blocks of a UNet be recomputed in the backward pass: all, or the outer ones.
 
-    The outer ones go down to the first resolution with attention. Counted for one pair in bfloat16, whole UNet trained:
+    The outer ones go down to the first resolution with attention. Counted for a pair in bfloat16, all weights trained:
     in SD 1.5 at 512 px they hold 26 % of the bytes that are kept for the backward pass and cost 7 % more FLOPs (all
     blocks: 85 %, 23 %), in SDXL at 1024 px 23 % and 7 % (93 %, 25 %). SDXL's blocks of the highest resolution alone,
     without attention, hold 4 %.
