@@ -131,18 +131,21 @@ class Collected:
     @property
     def records(self) -> Sequence[PairRecord]:
         """What is known of every pair; a record is read from the index each time that it is asked for."""
-        return LazySequence(len(self), self._record)
+        columns = {name: self._pairs.column(name) for name in PAIRS.names}
+        texts = self._prompts.column("text")
 
-    def _record(self, index: int) -> PairRecord:
-        row = {name: self._pairs.column(name)[index].as_py() for name in PAIRS.names}
-        return PairRecord(
-            prompt=self._prompts.column("text")[row.pop("prompt")].as_py(),
-            chosen_size_px=(row.pop("chosen_width"), row.pop("chosen_height")),
-            rejected_size_px=(row.pop("rejected_width"), row.pop("rejected_height")),
-            chosen_scores=json.loads(row.pop("chosen_scores")),
-            rejected_scores=json.loads(row.pop("rejected_scores")),
-            **row,
-        )
+        def record(index: int) -> PairRecord:
+            row = {name: column[index].as_py() for name, column in columns.items()}
+            return PairRecord(
+                prompt=texts[row.pop("prompt")].as_py(),
+                chosen_size_px=(row.pop("chosen_width"), row.pop("chosen_height")),
+                rejected_size_px=(row.pop("rejected_width"), row.pop("rejected_height")),
+                chosen_scores=json.loads(row.pop("chosen_scores")),
+                rejected_scores=json.loads(row.pop("rejected_scores")),
+                **row,
+            )
+
+        return LazySequence(len(self), record)
 
     @property
     def fingerprint(self) -> str:

@@ -86,10 +86,16 @@ class TensorFile:
         return torch.from_numpy(np.frombuffer(data, dtype).reshape(shape[len(index) :]))
 
     def _item_bytes(self, name: str, index: Sequence[int]) -> bytearray:
-        dtype, shape, offset = self._tensors.get(name, (np.dtype(np.uint8), (), 0))
-        if len(shape) < len(index) or any(i >= length for i, length in zip(index, shape, strict=False)):
-            raise DamagedFile(f"it lacks {name!r} {list(index)}")
-        position = int(np.ravel_multi_index(tuple(index), shape[: len(index)]))
+        if name not in self._tensors:
+            raise DamagedFile(f"it lacks {name!r}")
+        dtype, shape, offset = self._tensors[name]
+        if len(shape) < len(index):
+            raise DamagedFile(f"{name!r} has too few dimensions")
+        position = 0
+        for i, length in zip(index, shape, strict=False):
+            if i >= length:
+                raise DamagedFile(f"{name!r} is too short")
+            position = position * length + i
         size = dtype.itemsize * math.prod(shape[len(index) :])
         return self._read(offset + position * size, size)
 
