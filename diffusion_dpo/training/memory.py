@@ -23,8 +23,12 @@ CUDA_BYTES = 0.7 * GIB
 """Assumed: what the driver's context, its kernels and the workspaces of cuBLAS and cuDNN take on a card."""
 CUDA_FRAGMENTATION = 0.05
 """Assumed: the share of what tensors hold that the caching allocator keeps beside it and cannot use."""
+CPU_HELD_BACK = 0.95
+"""Measured (docs/performance.md): of what a step's activations take on the CPU, the share that the C library's
+allocator takes beside it, because freed blocks lie between used ones. MALLOC_MMAP_THRESHOLD_=65536 brings it to 0."""
 _FAR = 16
 """The micro-batch at which a peak is counted to know the slope from 1 on; between the two it is at most linear."""
+_FROM_THE_START = ("weights of the denoiser", "VAE and text encoders", "weight files that stay mapped")
 _BLOCK = 256
 """bitsandbytes' block of 8-bit state, with one float32 for each."""
 _SMALLEST_8BIT = 4096
@@ -63,25 +67,25 @@ class Estimator:
 
     def estimate(self, config: TrainConfig) -> Estimate:
         """Return what a run with these settings needs; `config.model` is that of the estimator."""
-        skeleton, size = self.skeleton, config.per_device_batch_size
-        accumulates = config.gradient_accumulation_steps > 1
-        step = self.step(config)
-        held = self.held(config)
-        gradients = sum(_bytes(parameter) for parameter in skeleton.trained())
-        at_step = step.peak + (gradients if accumulates else 0)
-        activations = min(step.saved, at_step - gradients)
+        step, held = self.step(config), self.held(config)
+        gradients = sum(map(_bytes, self.skeleton.trained()))
+        beyond = step.peak - (0 if config.gradient_accumulation_steps > 1 else gradients)
+        activations = min(step.saved, beyond)
         parts = {
             "the process itself": self.process_bytes,
             **held,
             "gradients": gradients,
             "saved activations": activations,
-            "temporary workspace": at_step - gradients - activations,
+            "temporary workspace": beyond - activations,
+            "freed, but held back": 0 if self.skeleton.on_cuda else CPU_HELD_BACK * beyond,
         }
-        weights = held["weights of the denoiser"] + held["VAE and text encoders"]
-        phases = {"training": sum(held.values()) + at_step, "encoding": weights + self._encoding(size)}
+        phases = {
+            "training": sum(parts.values()) - self.process_bytes,
+            "encoding": sum(held[name] for name in _FROM_THE_START) + self._encoding(config.per_device_batch_size),
+        }
         if config.preview is not None:
-            phases["previews"] = sum(held.values()) + gradients + self._previews(config)
-        slack = 1 + (CUDA_FRAGMENTATION if skeleton.on_cuda else 0)
+            phases["drawing previews"] = sum(held.values()) + gradients + self._previews(config)
+        slack = 1 + (CUDA_FRAGMENTATION if self.skeleton.on_cuda else 0)
         return Estimate(parts, {name: self.process_bytes + slack * value for name, value in phases.items()})
 
     def held(self, config: TrainConfig) -> dict[str, float]:
@@ -89,10 +93,12 @@ class Estimator:
         skeleton = self.skeleton
         trained = skeleton.trained()
         frozen = [*skeleton.vae.parameters(), *(p for text in skeleton.text_encoders for p in text.parameters())]
+        files = [] if skeleton.on_cuda else [*skeleton.unet.parameters(), *skeleton.vae.parameters()]
         averages = (config.reference.type == "ema") + (config.ema_decay is not None)
         return {
             "weights of the denoiser": sum(map(_bytes, skeleton.unet.parameters())) + skeleton.start_bytes,
             "VAE and text encoders": sum(map(_bytes, frozen)),
+            "weight files that stay mapped": sum(map(_bytes, filter(_is_kernel, files))),
             "frozen copy for the reference": _copy_bytes(config, skeleton),
             "optimizer state": OPTIMIZER_BYTES[config.optimizer](trained),
             "running averages": averages * sum(map(_bytes, trained)),
@@ -115,7 +121,6 @@ class Estimator:
         settings = {
             "checkpointing": config.gradient_checkpointing,
             "accumulates": config.gradient_accumulation_steps > 1,
-            "asks_reference": _asks_reference(config),
         }
         num_images, size = images_per_example(config), config.per_device_batch_size
         near: StepBytes = self._counted("step", num_images, **settings)
@@ -205,11 +210,6 @@ def _needs_reference(config: TrainConfig) -> bool:
     return cast(Loss, config.loss).needs_reference or config.regularizers.needs_reference
 
 
-def _asks_reference(config: TrainConfig) -> bool:
-    """Whether every step has a forward of the reference."""
-    return _needs_reference(config) and config.reference.type != "cached"
-
-
 def _copy_bytes(config: TrainConfig, skeleton: Skeleton) -> float:
     """The frozen copy of a whole UNet; layers that autocast rounds anyway are kept in its precision."""
     import torch
@@ -223,6 +223,11 @@ def _copy_bytes(config: TrainConfig, skeleton: Skeleton) -> float:
         for parameter in module.parameters(recurse=False):
             total += parameter.numel() * (skeleton.dtype.itemsize if rounded else parameter.element_size())
     return total
+
+
+def _is_kernel(tensor: "Tensor") -> bool:
+    """Whether channels_last is another layout, so that a weight is a copy of what its file, still mapped, has."""
+    return tensor.ndim == 4 and tensor.shape[2:].numel() > 1
 
 
 def _bytes(tensor: "Tensor") -> int:
@@ -241,7 +246,10 @@ def _process_bytes() -> float:
     import resource
     import sys
 
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401 - what they import counts
+    # what training imports counts
+    import peft  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    from diffusers import StableDiffusionPipeline  # noqa: F401
 
     statistics = Path("/proc/self/statm")
     if statistics.exists():

@@ -53,10 +53,11 @@ class Skeleton:
         """Return the trained weights."""
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
-    def step(
-        self, num_images: int, *, checkpointing: bool | str, accumulates: bool, asks_reference: bool
-    ) -> StepBytes:
-        """Run a training step of a micro-batch on fake tensors; `accumulates`: gradients are there from one before."""
+    def step(self, num_images: int, *, checkpointing: bool | str, accumulates: bool) -> StepBytes:
+        """Run a forward and a backward on fake tensors; `accumulates`: gradients are there from a micro-batch before.
+
+        The reference's forward, which keeps nothing, is never the peak.
+        """
         import torch
 
         from diffusion_dpo.training.live_bytes import LiveBytes
@@ -71,16 +72,8 @@ class Skeleton:
             grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
             inputs = self._inputs(num_images, self.resolution_px)
             with LiveBytes([*unet.parameters(), *grads]) as counted:
-                reference = None
-                if asks_reference:
-                    with torch.no_grad(), self._without_training(unet, parameters):
-                        reference = self._predict(unet, inputs)
                 prediction = self._predict(unet, inputs)
-                residual = prediction - inputs["sample"]
-                if reference is not None:
-                    (reference - inputs["sample"]).square().mean()
-                    (prediction.detach() - reference).square().mean()
-                loss = residual.square().flatten(1).mean(1).sum()
+                loss = (prediction - inputs["sample"]).square().mean()
                 saved = counted.live
                 loss.backward()
             return StepBytes(saved, counted.peak)
@@ -137,17 +130,6 @@ class Skeleton:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype != torch.float32):
             prediction: Tensor = unet(**inputs).sample
         return prediction.float()
-
-    @contextmanager
-    def _without_training(self, unet: Any, parameters: "list[torch.nn.Parameter]") -> Iterator[None]:
-        """The reference: without the LoRA, or a copy whose weights autocast does not keep a second time."""
-        layers = list(adapters.lora_layers(unet).values())
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        with adapters.left_out(layers, _TRAINED):
-            yield
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
     @contextmanager
     def _faked(self, module: Any) -> Iterator[Any]:
