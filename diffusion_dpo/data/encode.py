@@ -96,7 +96,7 @@ def _encode_batch(batch: Sequence[PreferencePair], size: Size, encoders: Encoder
     import torch
 
     shape = encoders.latent_shape(size)
-    noise = torch.stack([_posterior_noise(pair, shape) for pair in batch])
+    noise = torch.stack([posterior_noise(pair.pair_id, shape) for pair in batch])
     sides = []
     for side in SIDES:
         there = [i for i, pair in enumerate(batch) if getattr(pair, side)]
@@ -130,9 +130,9 @@ def _encode_mask(pair: PreferencePair, size: Size, encoders: Encoders, *, random
     return torch.stack([mask, mask.flip(1)] if random_flip else [mask])
 
 
-def _posterior_noise(pair: PreferencePair, shape: tuple[int, int, int]) -> "Tensor":
+def posterior_noise(pair_id: str, shape: tuple[int, int, int]) -> "Tensor":
     """The noise that samples the VAE's posterior: one for both images of a pair, so equal images stay equal."""
     import torch
 
-    seed = int.from_bytes(hashlib.sha256(pair.pair_id.encode()).digest()[:8], "big") >> 1
+    seed = int.from_bytes(hashlib.sha256(pair_id.encode()).digest()[:8], "big") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
