@@ -16,11 +16,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from random_models import make_pipeline
 
 from diffusion_dpo.config import load
 from diffusion_dpo.data.pairs import pair_row
@@ -47,68 +47,6 @@ CUDA_KINDS = {
 }
 
 
-class Layout(NamedTuple):
-    """The settings of a pipeline's parts, as far as they are not the defaults of diffusers and transformers."""
-
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    texts: list[dict[str, Any]]
-
-
-_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-_CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
-LAYOUTS = {
-    "mid": Layout(
-        {
-            "sample_size": 32,
-            "block_out_channels": (128, 256, 512, 512),
-            "attention_head_dim": 8,
-            "cross_attention_dim": 256,
-            "layers_per_block": 1,
-        },
-        {**_VAE, "block_out_channels": (64, 128, 256, 256), "sample_size": 256},
-        [{"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}],
-    ),
-    "sd15": Layout(
-        {
-            "sample_size": 64,
-            "block_out_channels": (320, 640, 1280, 1280),
-            "attention_head_dim": 8,
-            "cross_attention_dim": 768,
-        },
-        {**_VAE, "sample_size": 512},
-        [{**_CLIP_L, "vocab_size": 49408}],
-    ),
-    "sdxl": Layout(
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-            "use_linear_projection": True,
-        },
-        {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
-        [
-            {**_CLIP_L, "vocab_size": 49408},
-            {**_BIG_G, "vocab_size": 49408, "hidden_act": "gelu", "projection_dim": 1280},
-        ],
-    ),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -124,7 +62,7 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for name in args.models or (["sd15", "sdxl"] if on_cuda else ["pocket", "mid"]):
         with tempfile.TemporaryDirectory() as folder:
-            model = POCKET_DIR if name == "pocket" else make_pipeline(LAYOUTS[name], Path(folder) / "model")
+            model = POCKET_DIR if name == "pocket" else make_pipeline(Path(folder) / "model", name)
             side = json.loads((model / "vae" / "config.json").read_text())["sample_size"]
             make_pairs(Path(folder) / "pairs", side)
             for kind in args.kinds or kinds:
@@ -200,41 +138,6 @@ def make_pairs(folder: Path, side: int) -> None:
         rows.append(pair_row(make_pair("bench", f"a picture {number}", chosen, rejected, source="bench")))
     folder.mkdir()
     write_shard(folder / "pairs-00000.parquet", rows, PAIRS)
-
-
-def make_pipeline(layout: Layout, folder: Path) -> Path:
-    """Write a pipeline with random weights, in float32."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(POCKET_DIR / "tokenizer")
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    configs = [
-        CLIPTextConfig(**{"vocab_size": len(tokenizer), "max_position_embeddings": 77, **special, **text})
-        for text in layout.texts
-    ]
-    tokenizer.model_max_length = 77
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**layout.unet),
-        "vae": AutoencoderKL(**layout.vae),
-        "tokenizer": tokenizer,
-        "text_encoder": CLIPTextModel(configs[0]),
-        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
-    }
-    if len(configs) == 2:
-        parts |= {"text_encoder_2": CLIPTextModelWithProjection(configs[1]), "tokenizer_2": tokenizer}
-        pipeline = StableDiffusionXLPipeline(**parts)
-    else:
-        checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipeline = StableDiffusionPipeline(**parts, **checker)
-    pipeline.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":
