@@ -292,7 +292,7 @@ def test_tuning_on_a_lora_resumes_with_that_same_reference(
 @pytest.mark.parametrize(
     "where",
     [
-        "data.cache:_encode_batch",
+        "data.encode:_encode_batch",
         "training.previews:draw",
         "checkpoint:_sha256",
         "training.evaluation:HeldOut.evaluate",
