@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data import PairSource, collect
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import setup
 from diffusion_dpo.training.memory import GIB, Estimator, images_per_example, make_estimator
+from diffusion_dpo.training.skeleton import NoEstimateError
 
 CARDS_GB = (8, 12, 16, 24, 80)
 _USABLE = 0.97
@@ -39,12 +39,17 @@ def run(config: TrainConfig) -> None:
     setup.refuse_contradictions(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
+    estimator: Estimator | None = None
+    try:
+        estimator = make_estimator(config, device.type, dtype)
+    except NoEstimateError as error:
+        warn(str(error))
     index_dir = (config.cache_dir or config.output_dir / "cache") / "index"
     data = collect.collect(
         cast(PairSource, config.data), max_broken_share=config.max_broken_share, index_dir=index_dir
     )
     train_on, held = setup.hold_out(config, data)
-    examples = setup._examples(config, data, train_on, setup._scores(config, data))
+    examples = setup.make_examples(config, data, train_on, setup.find_scores(config, data))
     say("dry run: nothing is written, encoded or trained")
     epochs = config.max_steps * config.global_batch_size / len(examples)
     say(
@@ -52,10 +57,7 @@ def run(config: TrainConfig) -> None:
         f"{config.per_device_batch_size}: {epochs:.1f} epochs of {len(examples)} examples from {len(train_on)} pairs"
     )
     say(f"held out: {len(held)} pairs of {len(np.unique(data.prompt_keys[data.prompt_codes[held]]))} prompts")
-    try:
-        estimator = make_estimator(config, device.type, dtype)
-    except ConfigError as error:
-        warn(f"no estimate of disk and memory: {error}")
+    if estimator is None:
         return
     _say_disk(config, estimator, len(data), len(data.prompts), len(examples), masked=data.has_masks)
     _say_memory(config, estimator, f"{device.type} in {str(dtype).removeprefix('torch.')}")
@@ -84,7 +86,7 @@ def relief(config: TrainConfig) -> list[str]:
     ]
     after = {_typed(change): estimator.estimate(_with(config, change)).total for change in changes}
     best = sorted((total, text) for text, total in after.items() if total < 0.99 * now)[:3]
-    return [f"{text}: {now / GIB:.1f} -> {total / GIB:.1f} GiB" for total, text in best]
+    return [f"{text}: {_size(now)} -> {_size(total)}" for total, text in best]
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------
@@ -131,8 +133,8 @@ def _size(num_bytes: float) -> str:
 
 def _say_memory(config: TrainConfig, estimator: Estimator, where: str) -> None:
     found = estimator.estimate(config)
-    lines = [f"  {name:<32}{value / GIB:8.2f} GiB" for name, value in found.parts.items() if value > 0]
-    peaks = ", ".join(f"{value / GIB:.2f} GiB while {name}" for name, value in found.phases.items())
+    lines = [f"  {name:<32}{_size(value):>10}" for name, value in found.parts.items() if value > 0]
+    peaks = ", ".join(f"{_size(value)} while {name}" for name, value in found.phases.items())
     say("\n".join([f"memory on {where}, estimated, at the peak of a step:", *lines, f"  in all: {peaks}"]))
     if config.compile:
         say("  compile=true is not estimated: usually it needs less")
@@ -155,27 +157,27 @@ def _show_cards(config: TrainConfig, estimator: Estimator) -> None:
     precision = str(estimator.skeleton.dtype).removeprefix("torch.")
     say(f"cards, estimated for cuda in {precision}; of the settings that fit, those that cost the least speed:")
     table = Table(box=None, pad_edge=False)
-    for name, side in (("card", "right"), ("GiB", "right"), ("settings", "left")):
+    for name, side in (("card", "right"), ("needs", "right"), ("settings", "left")):
         table.add_column(name, justify=cast(Any, side))
     for card in CARDS_GB:
-        size, total, changes = fitting(config, estimator, card)
+        size, total, changes = fitting(config, estimator, card * GIB * _USABLE)
         settings = _typed({"per_device_batch_size": size, **changes}) if size else "does not fit"
-        table.add_row(f"{card} GB", f"{total / GIB:.1f}", settings)
+        table.add_row(f"{card} GB", _size(total), settings)
     show(table)
 
 
-def fitting(config: TrainConfig, estimator: Estimator, card_gb: int) -> tuple[int, float, dict[str, Any]]:
-    """Return the largest micro-batch, its bytes, and the changes of settings that cost least speed and fit a card.
+def fitting(config: TrainConfig, estimator: Estimator, budget: float) -> tuple[int, float, dict[str, Any]]:
+    """Return the changes of settings that cost least speed and fit `budget` bytes: micro-batch, bytes, changes.
 
     Where nothing fits, the micro-batch is 0 and the bytes are the least that one example needs.
     """
-    budget = card_gb * GIB * _USABLE
     least: tuple[float, dict[str, Any]] | None = None
     for changes in _ladder(config):
         changed = _with(config, changes)
         size = estimator.largest_batch(changed, budget)
         if size:
-            return size, estimator.estimate(_with(changed, {"per_device_batch_size": size})).total, changes
+            found = estimator.estimate(_with(changed, {"per_device_batch_size": size}), exact=False)
+            return size, found.total, changes
         total = estimator.estimate(_with(changed, {"per_device_batch_size": 1})).total
         least = min((total, changes), least or (total, changes), key=lambda entry: entry[0])
     assert least is not None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.cache import LatentCache
 from diffusion_dpo.data.examples import Example
 from diffusion_dpo.data.order import Randomness, Schedule, Visit, draw_randomness
@@ -94,10 +95,11 @@ class Reader:
     def draw(self, visits: Sequence[Visit]) -> Batch:
         """Return some visits with their own noise, timesteps, dropout and flips."""
         config = self.config
+        examples = [self.examples[visit.index] for visit in visits]
         random = draw_randomness(
             config.seed,
             visits,
-            [self.examples[visit.index].key for visit in visits],
+            [example.key for example in examples],
             self.cache.shapes[self.group_of[visits[0].index]],
             prompt_dropout=config.prompt_dropout,
             random_flip=config.random_flip,
@@ -105,7 +107,7 @@ class Reader:
         low, high = config.weighting.timestep_range
         uniform = (low + (high - low) * random.timestep_uniform).clamp(max=_BELOW_ONE)
         timesteps = self.model.sample_timesteps(uniform, config.weighting.num_timesteps)
-        return gather([self.examples[visit.index] for visit in visits], random, timesteps, self.cache, self.model)
+        return gather(examples, random, timesteps, self.cache, self.model)
 
     def stream(self, first_step: int) -> Generator[Batch, None, None]:
         """Yield this process's micro-batches from a step on, read ahead by `dataloader_num_workers` processes."""
@@ -114,15 +116,31 @@ class Reader:
         config = self.config
         places = itertools.product(range(first_step, config.max_steps), range(self.num_micro_batches))
         workers = config.dataloader_num_workers
-        yield from DataLoader(
-            self,  # type: ignore[arg-type]
+        for found in DataLoader(
+            _Told(self),  # type: ignore[arg-type]
             batch_size=None,
             sampler=places,
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
             worker_init_fn=_leave_signals_to_the_parent,
             pin_memory=self.model.device.type == "cuda",
-        )
+        ):
+            if isinstance(found, ConfigError):
+                raise found
+            yield found
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Returns what the user has to be told instead of raising it, which a worker would wrap in its traceback."""
+
+    reader: Reader
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch | ConfigError:
+        try:
+            return self.reader[place]
+        except ConfigError as error:
+            return error
 
 
 def gather(

@@ -5,6 +5,7 @@ the peak of a simulation on fake tensors (skeleton.py). A run needs the most of 
 it trains, and in between it draws previews. `scripts/bench_memory_estimate.py` compares with what is measured.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ CPU_HELD_BACK = 0.95
 """Measured (docs/performance.md): of what a step's activations take on the CPU, the share that the C library's
 allocator takes beside it, because freed blocks lie between used ones. MALLOC_MMAP_THRESHOLD_=65536 brings it to 0."""
 _FAR = 16
-"""The micro-batch at which a peak is counted to know the slope from 1 on; between the two it is at most linear."""
+"""A peak is the largest of several that grow with the micro-batch, each along a line: between 1 and this size the
+line through both is never too low."""
 _FROM_THE_START = ("weights of the denoiser", "VAE and text encoders", "weight files that stay mapped")
 _BLOCK = 256
 """bitsandbytes' block of 8-bit state, with one float32 for each."""
@@ -65,9 +67,9 @@ class Estimator:
     counts: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     """What was simulated already."""
 
-    def estimate(self, config: TrainConfig) -> Estimate:
+    def estimate(self, config: TrainConfig, *, exact: bool = True) -> Estimate:
         """Return what a run with these settings needs; `config.model` is that of the estimator."""
-        step, held = self.step(config), self.held(config)
+        step, held = self.step(config, exact=exact), self.held(config)
         gradients = sum(map(_bytes, self.skeleton.trained()))
         beyond = step.peak - (0 if config.gradient_accumulation_steps > 1 else gradients)
         activations = min(step.saved, beyond)
@@ -112,21 +114,22 @@ class Estimator:
         sizes = [n for n in range(config.global_batch_size, 0, -1) if config.global_batch_size % n == 0]
         for size in sizes:
             changed = config.model_copy(update={"per_device_batch_size": size})
-            if self.estimate(changed).total <= budget:
+            if self.estimate(changed, exact=False).total <= budget:
                 return size
         return 0
 
-    def step(self, config: TrainConfig) -> StepBytes:
-        """The peak of a micro-batch: counted for one and for many examples, and on the line between them."""
-        settings = {
-            "checkpointing": config.gradient_checkpointing,
-            "accumulates": config.gradient_accumulation_steps > 1,
-        }
+    def step(self, config: TrainConfig, *, exact: bool = True) -> StepBytes:
+        """Return what a micro-batch holds; not `exact`: by two sizes that are counted once, and no less than it is."""
         num_images, size = images_per_example(config), config.per_device_batch_size
-        near: StepBytes = self._counted("step", num_images, **settings)
-        if size == 1:
-            return near
-        far: StepBytes = self._counted("step", _FAR * num_images, **settings)
+
+        def count(number: int) -> StepBytes:
+            how, accumulates = config.gradient_checkpointing, config.gradient_accumulation_steps > 1
+            found = self._counted("step", number * num_images, checkpointing=how, accumulates=accumulates)
+            return cast(StepBytes, found)
+
+        if exact or size == 1:
+            return count(size)
+        near, far = count(1), count(_FAR)
         share = (size - 1) / (_FAR - 1)
         return StepBytes(
             round(near.saved + share * (far.saved - near.saved)), round(near.peak + share * (far.peak - near.peak))
@@ -152,7 +155,7 @@ class Estimator:
 
 
 def make_estimator(config: TrainConfig, device_type: str, dtype: "torch.dtype") -> Estimator:
-    """Read the settings of a run's model; raises ConfigError where there is no estimate for it."""
+    """Read the settings of a run's model; raises as `read_skeleton`."""
     on_cuda = device_type == "cuda"
     skeleton = read_skeleton(config, dtype, on_cuda=on_cuda)
     return Estimator(skeleton, CUDA_BYTES if on_cuda else _process_bytes())
@@ -186,13 +189,13 @@ def _adamw_8bit(parameters: "Iterable[Tensor]") -> float:
 def _adafactor(parameters: "Iterable[Tensor]") -> float:
     """Of two or more dimensions the means over either of the last two (arXiv 1804.04235), else one float32 moment.
 
-    A kernel of 3 x 3 is factored along its 3 x 3 and saves a third only.
+    And a scale per tensor (transformers). A kernel of 3 x 3 is factored along its 3 x 3 and saves a third only.
     """
     total = 0
     for parameter in parameters:
         shape = parameter.shape
         rows, columns = shape[:-1].numel(), (*shape[:-2], *shape[-1:])
-        total += 4 * (rows + _product(columns) if len(shape) >= 2 else parameter.numel())
+        total += 4 + 4 * (rows + math.prod(columns) if len(shape) >= 2 else parameter.numel())
     return total
 
 
@@ -232,13 +235,6 @@ def _is_kernel(tensor: "Tensor") -> bool:
 
 def _bytes(tensor: "Tensor") -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _product(numbers: Iterable[int]) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 def _process_bytes() -> float:

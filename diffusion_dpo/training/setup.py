@@ -123,8 +123,8 @@ def prepare(
         )
     if loss.unit == "pair":
         refuse_single_images(data.records, data.is_pair)
-    scores = _scores(config, data)
-    examples = _examples(config, data, train_on, scores)
+    scores = find_scores(config, data)
+    examples = make_examples(config, data, train_on, scores)
     latents = _encode(config, model, data, dtype, processes)
     objective = Objective(
         loss=loss,
@@ -245,9 +245,10 @@ def _encode(
     return latents
 
 
-def _examples(
+def make_examples(
     config: TrainConfig, data: Collected, train_on: np.ndarray, scores: ScoreTable | None
 ) -> Sequence[Example]:
+    """Return what is trained on, in the order that a curriculum asks for; raises ConfigError when there is nothing."""
     loss = cast(Loss, config.loss)
     examples = form_examples(
         data.records,
@@ -278,7 +279,7 @@ def _looks_at_scores(config: TrainConfig) -> bool:
     return cast(Loss, config.loss).needs_scores or config.score_gain_weighting or config.order == "curriculum"
 
 
-def _scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
+def find_scores(config: TrainConfig, data: Collected) -> ScoreTable | None:
     """Return the scores that something looks at, None when nothing does."""
     if not _looks_at_scores(config):
         return None

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _TRAINED = "default"
 
 
+class NoEstimateError(ConfigError):
+    """There is nothing wrong with the settings, but the model is of no family that is known here."""
+
+
 @dataclass(frozen=True)
 class StepBytes:
     """What one forward and backward of a micro-batch holds, beyond what is there before it, in bytes."""
@@ -166,13 +170,13 @@ class Skeleton:
 def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -> Skeleton:
     """Read a model's settings, and build it without weights, with what is trained.
 
-    Raises ConfigError when the settings cannot be had, or when the model is of a family that is not known here.
+    Raises ConfigError when the settings cannot be had, NoEstimateError when the model is of a family not known here.
     """
     import torch
 
     model: Any = config.model
     if getattr(model, "type", None) not in ("stable_diffusion", "stable_diffusion_xl"):
-        raise ConfigError(f"there is no memory estimate for model.type={model.type}")
+        raise NoEstimateError(f"there is no memory estimate for model.type={model.type}")
     unet_config, vae_config, texts = _read_settings(model)
     start = None if model.adapter_path is None else adapters.find_adapter(model.adapter_path)
     start_bytes = 0
