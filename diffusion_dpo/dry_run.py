@@ -3,21 +3,25 @@
 The memory is an estimate (training/memory.py). For cards other than the one at hand it is that of CUDA in bfloat16.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data import PairSource, collect
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import setup
 from diffusion_dpo.training.memory import GIB, Estimator, images_per_example, make_estimator
+from diffusion_dpo.training.optimizers import refuse_optimizer
 from diffusion_dpo.training.skeleton import NoEstimateError
 
 CARDS_GB = (8, 12, 16, 24, 80)
@@ -35,9 +39,13 @@ _OPTIMIZERS: tuple[dict[str, str], ...] = (
 
 
 def run(config: TrainConfig) -> None:
-    """Print what a run with these settings will take; raises ConfigError where `train` would refuse them."""
+    """Print what a run of one process with these settings will take; raises ConfigError where `train` refuses them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--dry-run runs in one process, and WORLD_SIZE is above 1; start it without a launcher")
     setup.refuse_contradictions(config)
+    setup.name_ignored(config)
     device = pick_device(config.device)
+    refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)
     estimator: Estimator | None = None
     try:
@@ -49,6 +57,7 @@ def run(config: TrainConfig) -> None:
         cast(PairSource, config.data), max_broken_share=config.max_broken_share, index_dir=index_dir
     )
     train_on, held = setup.hold_out(config, data)
+    setup.refuse_data(config, data, held)
     examples = setup.make_examples(config, data, train_on, setup.find_scores(config, data))
     say("dry run: nothing is written, encoded or trained")
     epochs = config.max_steps * config.global_batch_size / len(examples)
@@ -80,11 +89,19 @@ def relief(config: TrainConfig) -> list[str]:
     changes: list[dict[str, Any]] = [
         {"gradient_checkpointing": True},
         {"per_device_batch_size": half},
-        {"optimizer": "adamw_8bit" if device.type == "cuda" else "adafactor"},
+        {"optimizer": "adamw_8bit" if device.type == "cuda" and find_spec("bitsandbytes") else "adafactor"},
         {"reference.type": "cached"},
         {"preview": None},
     ]
-    after = {_typed(change): estimator.estimate(_with(config, change)).total for change in changes}
+    after = {}
+    for change in changes:
+        changed = _with(config, change)
+        try:
+            setup.refuse_contradictions(changed)
+        except ConfigError:
+            continue
+        another = " with a new output_dir" if change.keys() & {"optimizer", "reference.type"} else ""
+        after[_typed(change) + another] = estimator.estimate(changed).total
     best = sorted((total, text) for text, total in after.items() if total < 0.99 * now)[:3]
     return [f"{text}: {_size(now)} -> {_size(total)}" for total, text in best]
 

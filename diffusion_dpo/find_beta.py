@@ -26,7 +26,7 @@ from diffusion_dpo.train import train_step
 from diffusion_dpo.training import Run
 from diffusion_dpo.training.averaging import RunningAverage
 from diffusion_dpo.training.health import Health
-from diffusion_dpo.training.optimizers import make_optimizer
+from diffusion_dpo.training.optimizers import make_optimizer, refuse_optimizer
 from diffusion_dpo.training.setup import hold_out, make_scaler, prepare, refuse_contradictions
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run(config: TrainConfig) -> Path:
     refuse_contradictions(config)
     config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
     device = pick_device(config.device)
+    refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)
     index_dir = (config.cache_dir or folder / "cache") / "index"
     data = collect.collect(
@@ -154,7 +155,7 @@ def _begin(run: Run, start: "dict[str, Tensor]", beta: float | None, rate: float
         objective=objective,
         held_out=replace(run.held_out, objective=objective if run.held_out.objective else None),
         reader=replace(run.reader, config=config),
-        optimizer=make_optimizer(config, run.parameters, run.model.device),
+        optimizer=make_optimizer(config, run.parameters),
         scaler=make_scaler(run.model.device, dtype),
         averaged=run.averaged and RunningAverage(run.parameters, config.reference.ema_decay),
         ema=run.ema and RunningAverage(run.parameters, cast(float, config.ema_decay)),

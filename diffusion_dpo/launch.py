@@ -1,8 +1,8 @@
 """Starting as many processes as `accelerate launch` was asked for, where it leaves that to MPI.
 
 With `--multi_gpu` the launcher starts every process itself, through torchrun. With `--cpu --num_processes 2` it starts
-one, which it tells where to meet the others (MASTER_ADDR), but neither their number nor who is to start them: that is
-`mpirun`'s work, where there is one. Here torchrun does it. The number is read off the launcher's command line, by its
+one, which it tells where to meet the others (MASTER_ADDR), but neither their number nor who is to start them. Here
+torchrun does it. The number is read off the launcher's command line, by its
 own parser, so that its configuration file counts as well.
 """
 
@@ -17,8 +17,6 @@ def start_all(arguments: Sequence[str]) -> None:
     env = os.environ
     if env.get("ACCELERATE_USE_CPU", "").lower() != "true" or "MASTER_ADDR" not in env or "WORLD_SIZE" in env:
         return
-    if any(name in env for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
-        return  # started by mpirun
     count = _asked_for()
     if count > 1:
         env.pop("MASTER_ADDR")

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_SIZES_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
 @dataclass(frozen=True)
 class Processes:
     """Which of how many processes this one is; the default is a run of one, in which nothing waits."""
@@ -29,6 +32,10 @@ class Processes:
         import torch
 
         count = int(os.environ.get("WORLD_SIZE", "1"))
+        if any(int(os.environ.get(name, "1")) > count for name in _SIZES_OF_MPI) or (count > 1) > (
+            "RANK" in os.environ
+        ):
+            raise ConfigError("start several processes with `accelerate launch` or `torchrun`, which name their ranks")
         if count == 1:
             return cls()
         processes = cls(int(os.environ["RANK"]), count)
@@ -36,7 +43,13 @@ class Processes:
             console.silence()
         on_cuda = device in ("auto", "cuda") and torch.cuda.is_available() and not told_to_use_cpu()
         if on_cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            local_rank, num_devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= num_devices:
+                raise ConfigError(
+                    f"{num_devices} GPUs are here, and the launcher starts more processes than that on this machine; "
+                    f"set --num_processes {num_devices}"
+                )
+            torch.cuda.set_device(local_rank)
         # main may check and encode data for hours while the others wait; a process that dies ends all at once anyway
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(days=7))
         return processes
@@ -125,6 +138,6 @@ def explain_lost_process(error: Exception) -> ConfigError | None:
     if isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "peer")):
         return ConfigError(
             "another process of this run has died, so this one stops; if it could say why, that is above. Checkpoints "
-            "are as they were: the same command continues from the last one"
+            f"are as they were: the same command continues from the last one ({text.strip().splitlines()[0][:200]})"
         )
     return None

@@ -28,9 +28,10 @@ from diffusion_dpo.training import Run
 from diffusion_dpo.training.errors import Batch, denoising_errors
 from diffusion_dpo.training.evaluation import progress_note
 from diffusion_dpo.training.metrics import Totals, refuse_not_finite
-from diffusion_dpo.training.parallel import gather, whole
+from diffusion_dpo.training.optimizers import refuse_optimizer
+from diffusion_dpo.training.parallel import gather, refuse_launcher, whole
 from diffusion_dpo.training.previews import preview_if_due
-from diffusion_dpo.training.setup import prepare, refuse_contradictions, refuse_uneven
+from diffusion_dpo.training.setup import name_ignored, prepare, refuse_contradictions, refuse_uneven
 from diffusion_dpo.training.state import resume, save
 
 if TYPE_CHECKING:
@@ -60,16 +61,19 @@ _MAX_PROMPT_HASHES = 100_000
 def run(config: TrainConfig) -> Path:
     """Train, or continue, or find that nothing is left to do; return the folder of the adapter or full UNet."""
     refuse_contradictions(config)
+    name_ignored(config)
     processes = Processes.join(config.device)
     refuse_uneven(config, processes)
+    refuse_launcher(config, processes)
     device = pick_device(config.device)
+    refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)
     model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
     try:
         adapter = _run(config, model, dtype, processes)
+        processes.leave()
     except RuntimeError as error:
         raise explain_lost_process(error) or error from error
-    processes.leave()
     say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
     say(f"next: {card.compare_command(config)}")
     return adapter
@@ -94,6 +98,8 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
             card.write_environment(config.output_dir / "environment.json")
             data.save(index_dir)
             processes.wait()
+        if processes.from_main(data.fingerprint) != data.fingerprint:
+            raise ConfigError("the processes read different data: give all of them the same files, on a disk all see")
         state = prepare(config, model, data, dtype, processes)
         state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         trained_to = _train(state, data.prompts[:4])
@@ -158,6 +164,8 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
                 say(f"stopped after step {done}, which is saved; the same command continues there")
                 raise interrupt.Interrupted(signal_number)
             preview_if_due(run, prompts, done, is_last=last)
+        if signal_number := processes.highest(stop.signal_number or 0):
+            raise interrupt.Interrupted(signal_number)
     if run.beyond_budget:
         say(f"the KL divergence from the reference, {run.kl:.3g} nats, is above evaluation.max_kl: training ended")
     return done

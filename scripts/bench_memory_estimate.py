@@ -1,7 +1,7 @@
 """The memory that `train --dry-run` foretells against what a real run takes, each run in a process of its own.
 
     python scripts/bench_memory_estimate.py                          # pocket and mid on the CPU: peak resident memory
-    python scripts/bench_memory_estimate.py --device cuda            # SD 1.5 and SDXL: what torch allocates at most
+    python scripts/bench_memory_estimate.py --device cuda            # SD 1.5 and SDXL: what torch reserves at most
     python scripts/bench_memory_estimate.py --models mid --settings per_device_batch_size=4
 
 The models have random weights, and the layout that their names say: `mid` is an SD 1.5 of 88 M parameters. Previews

@@ -48,7 +48,7 @@ def test_accelerate_reads_its_configs_as_they_are_meant(path: Path) -> None:
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     command = path.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
-    assert command[1] == path.relative_to(ROOT).as_posix() and (ROOT / command[-1]).exists()
+    assert command[1] == path.relative_to(ROOT).as_posix() and any((ROOT / word).exists() for word in command[3:])
     command[1] = str(path)
     parsed, *_ = _validate_launch_command(launch_command_parser().parse_args(command))
     assert parsed.num_processes == 8 and parsed.multi_gpu is (path.stem == "ddp")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from diffusion_dpo import train
@@ -165,8 +166,33 @@ def test_weights_divided_among_processes_train_alike_and_are_saved_whole(
     assert_same_run(tmp_path / "one", tmp_path / "two")
     one, two = (load_file(tmp_path / run / "unet" / "diffusion_pytorch_model.safetensors") for run in ("one", "two"))
     assert one.keys() == two.keys()
+    last = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "trained.safetensors")
+    average = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "ema.safetensors")
     for name, value in one.items():
-        assert two[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+        assert torch.allclose(two[name], value, rtol=1e-3, atol=1e-4), name
+        assert torch.equal(two[name], average[name]), "what is saved is the average"
+    assert any(not torch.equal(last[name], average[name]) for name in average)
+    settings = [json.loads((tmp_path / run / "unet" / "config.json").read_text()) for run in ("one", "two")]
+    assert settings[0]["_class_name"] == settings[1]["_class_name"] == "UNet2DConditionModel"
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed, which cannot be used here"),
+        ({"ACCELERATE_USE_FSDP": "true"}, [], "FSDP2 is for full fine-tuning"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, ["model.lora=null"], "version 1 of FSDP; set it to 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, ["model.lora=null", "optimizer=adafactor"], "set optimizer=adamw"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [], "start several processes with `accelerate launch` or `torchrun`"),
+    ],
+)
+def test_what_a_launcher_asks_for_in_vain_is_said_before_anything_slow(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment, overrides: list[str], message: str
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        train.run(make_config(tiny_sd, tmp_path / "nowhere", tmp_path / "run", *overrides))
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):

@@ -61,7 +61,7 @@ class TensorFile:
             raise DamagedFile("its header is damaged")
         try:
             header = json.loads(self._read(8, size))
-            self.facts: dict[str, str] = json.loads(header.pop("__metadata__")["facts"])
+            self.facts: dict[str, str] = dict(json.loads(header.pop("__metadata__")["facts"]))
             self._tensors = {name: _place(it, 8 + size) for name, it in header.items()}
             end = 8 + size + max((it["data_offsets"][1] for it in header.values()), default=0)
         except (ValueError, LookupError, TypeError, AttributeError) as error:

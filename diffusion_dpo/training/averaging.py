@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,13 +29,24 @@ class RunningAverage:
     def in_place(self) -> Iterator[None]:
         """Within it the average stands in the place of the policy's weights, and no gradient is recorded."""
         import torch
+        from torch.distributed.tensor import DTensor
 
-        policy = [parameter.data for parameter in self._parameters]
-        try:
-            for parameter, average in zip(self._parameters, self.values.values(), strict=True):
-                parameter.data = average
-            with torch.no_grad():
+        # FSDP2 holds on to the memory of weights that are divided among processes: there the values move instead
+        whole = [pair for pair in self._pairs() if not isinstance(pair[0], DTensor)]
+        parts = [[value.to_local() for value in pair] for pair in self._pairs() if isinstance(pair[0], DTensor)]
+        policy, policy_parts = [parameter.data for parameter, _ in whole], [part.clone() for part, _ in parts]
+        with torch.no_grad():
+            try:
+                for parameter, average in whole:
+                    parameter.data = average
+                for part, average in parts:
+                    part.copy_(average)
                 yield
-        finally:
-            for parameter, data in zip(self._parameters, policy, strict=True):
-                parameter.data = data
+            finally:
+                for (parameter, _), data in zip(whole, policy, strict=True):
+                    parameter.data = data
+                for (part, _), values in zip(parts, policy_parts, strict=True):
+                    part.copy_(values)
+
+    def _pairs(self) -> "Iterator[tuple[Any, Any]]":
+        return zip(self._parameters, self.values.values(), strict=True)

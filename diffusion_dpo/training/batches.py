@@ -39,6 +39,8 @@ class Reader:
     model: LoadedModel
     examples: Sequence[Example]
     cache: LatentCache
+    first_pairs: np.ndarray
+    """The pair that each example's first image is of, int64 (N,)."""
     processes: Processes = field(default_factory=Processes)
     cached: "CachedErrors | None" = None
     """The reference's errors, where they are computed beforehand."""
@@ -46,10 +48,9 @@ class Reader:
     @cached_property
     def group_of(self) -> np.ndarray:
         """The group of each example: those of one have latents of one shape, and can be in one batch."""
-        buckets = self.cache.bucket_of
         if len(self.cache.shapes) == 1:
             return np.zeros(len(self.examples), np.int16)
-        return np.array([buckets[example.images[0][0]] for example in self.examples])
+        return self.cache.bucket_of[self.first_pairs]
 
     @cached_property
     def schedule(self) -> Schedule:

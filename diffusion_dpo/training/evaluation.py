@@ -49,8 +49,8 @@ class HeldOut:
     """Whether the model knows `num_timesteps` timesteps only (`weighting.num_timesteps`), which the grid then has."""
     objective: Objective | None = None
     """What is trained with, where it is about pairs: its value is then measured as well."""
-    _reference: "list[Tensor]" = field(default_factory=list)
-    """The reference's predictions, batch by batch, on the CPU."""
+    _reference: "dict[int, Tensor]" = field(default_factory=dict)
+    """The reference's predictions by the number of the batch, on the CPU."""
 
     def evaluate(self, model: LoadedModel, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008
         """Return the metrics `eval/...`; the chosen image's error is the first of each pair's two.
@@ -64,16 +64,15 @@ class HeldOut:
         """
         import torch
 
-        self.ask_reference(model)
-        # each process measures its share of the batches; all run equally many, which a divided model needs
-        parts = self._parts
-        numbers = range(processes.rank, -(-len(parts) // processes.count) * processes.count, processes.count)
+        self.ask_reference(model, processes)
+        parts, numbers = self._parts, self._numbers(processes)
         table = torch.zeros(4, len(self.examples) * self.num_timesteps, 2, device=model.device)
         with torch.no_grad():
             for number in numbers:
-                cells = parts[min(number, len(parts) - 1)]
+                place = min(number, len(parts) - 1)
+                cells = parts[place]
                 batch = self._batch(model, cells).to(model.device)
-                reference = self._reference[parts.index(cells)].to(model.device)
+                reference = self._reference[place].to(model.device)
                 found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
                 assert found.reference is not None and found.drift is not None
                 values = [found.policy, found.reference, found.drift]
@@ -91,14 +90,18 @@ class HeldOut:
             metrics |= self._measure(f"eval/log_snr_{log_snr:+.2f}", policy[part], reference_errors[part])
         return metrics | {"eval/kl": self._kl(model, drift)}
 
-    def ask_reference(self, model: LoadedModel) -> None:
-        """Have the reference predict, once; afterwards `evaluate` does not need it."""
-        for cells in self._parts[len(self._reference) :]:
-            noisy_latents, timesteps, conditioning, _ = add_shared_noise(
-                model, self._batch(model, cells).to(model.device)
-            )
+    def ask_reference(self, model: LoadedModel, processes: Processes = Processes()) -> None:  # noqa: B008
+        """Have the reference predict, once, what this process will measure; `evaluate` does not need it afterwards."""
+        parts = self._parts
+        for place in {min(number, len(parts) - 1) for number in self._numbers(processes)} - self._reference.keys():
+            batch = self._batch(model, parts[place]).to(model.device)
+            noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
             with model.reference():
-                self._reference.append(model.predict(noisy_latents, timesteps, conditioning).cpu())
+                self._reference[place] = model.predict(noisy_latents, timesteps, conditioning).cpu()
+
+    def _numbers(self, processes: Processes) -> range:
+        """The batches of a process, equally many for each, which a divided model needs; above the last: it, again."""
+        return range(processes.rank, -(-len(self._parts) // processes.count) * processes.count, processes.count)
 
     @property
     def _shapes(self) -> list[tuple[int, int, int]]:

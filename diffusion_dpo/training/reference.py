@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data.order import Visit
 from diffusion_dpo.files import atomic_path, settle
-from diffusion_dpo.processes import Processes
 from diffusion_dpo.training.errors import reference_errors
 
 if TYPE_CHECKING:
@@ -46,15 +46,16 @@ class CachedErrors:
         return errors
 
 
-def build(root: Path, reader: "Reader", facts: Mapping[str, Any], processes: Processes) -> CachedErrors:
+def build(root: Path, reader: "Reader", facts: Mapping[str, Any]) -> CachedErrors:
     """Ask the reference about every draw that the run will need and that is not known yet; return all of them.
 
     `facts` is what decides the errors, beside the draw. Files are whole or absent, and each is made by one process.
     """
-    facts = {"version": _VERSION, **facts}
+    facts, processes = {"version": _VERSION, **facts}, reader.processes
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = root / f"reference-{name}"
-    settle(folder, facts, "the reference's errors")
+    if processes.is_main:
+        settle(folder, facts, "the reference's errors")
     num_draws = reader.config.reference.num_draws
     cells = _cells(reader, num_draws)
     num_images = len(reader.examples[0].images)
@@ -63,8 +64,9 @@ def build(root: Path, reader: "Reader", facts: Mapping[str, Any], processes: Pro
         folder / f"errors-{number:05d}.safetensors": cells[start : start + CELLS_PER_FILE]
         for number, start in enumerate(range(0, len(cells), CELLS_PER_FILE))
     }
-    missing = [path for path, part in files.items() if not _load(path, part, errors)]
-    processes.wait()  # or a file that one process has just made would be missing to another, and the shares differ
+    found = [path for path, part in files.items() if _load(path, part, errors)] if processes.is_main else []
+    found = processes.from_main(found)  # or the shares of two processes might not be those of one list
+    missing = [path for path in files if path not in set(found)]
     if missing:
         todo = sum(len(files[path]) for path in missing)
         say(f"reference: its errors on {todo} draws, {num_draws} an example at most, are computed into {folder}")
@@ -73,8 +75,9 @@ def build(root: Path, reader: "Reader", facts: Mapping[str, Any], processes: Pro
             for path in mine:
                 _make(path, files[path], reader, advance)
         processes.wait()
-        for path in missing:
-            assert _load(path, files[path], errors), f"{path} was just written"
+    for path in missing if processes.is_main else files:
+        if not _load(path, files[path], errors):
+            raise ConfigError(f"{path} was just written and cannot be read; run the same command again")
     return errors
 
 
@@ -122,7 +125,7 @@ def _load(path: Path, cells: np.ndarray, errors: CachedErrors) -> bool:
     try:
         with safe_open(path, "np") as file:
             found, values, told = file.get_tensor("cells"), file.get_tensor("errors"), file.metadata()["sha256"]
-    except (SafetensorError, KeyError, TypeError) as error:
+    except (SafetensorError, KeyError, TypeError, OSError) as error:
         warn(f"{path} is damaged ({error}); the reference is asked again")
         return False
     if told != _digest(found, values):

@@ -20,6 +20,7 @@ from diffusion_dpo.data.examples import (
     weigh_by_gain,
 )
 from diffusion_dpo.data.index import Collected
+from diffusion_dpo.data.lazy import LazySequence
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.models import LoadedModel
@@ -41,6 +42,7 @@ _DECIDE_DRAWS: Any = {
     "prompt_dropout": True,
     "random_flip": True,
     "weighting": {"timestep_range", "num_timesteps"},
+    "reference": {"num_draws"},
 }
 _DECIDE_EXAMPLES: Any = {
     "evaluation": {"share", "max_pairs"},
@@ -87,11 +89,37 @@ def refuse_contradictions(config: TrainConfig) -> None:
         )
 
 
+def name_ignored(config: TrainConfig) -> None:
+    """Say which settings were changed and do nothing beside the others."""
+    reference, default = config.reference, TrainConfig()
+    idle = {
+        "reference.num_draws": reference.type != "cached" and reference.num_draws != default.reference.num_draws,
+        "reference.ema_decay": reference.type != "ema" and reference.ema_decay != default.reference.ema_decay,
+        "bucket_step_px": not config.aspect_ratio_buckets and config.bucket_step_px != default.bucket_step_px,
+        "adam_betas": config.optimizer == "adafactor" and config.adam_betas != default.adam_betas,
+        "adam_epsilon": config.optimizer == "adafactor" and config.adam_epsilon != default.adam_epsilon,
+    }
+    names = [name for name, does_nothing in idle.items() if does_nothing]
+    if names:
+        say(f"without effect here: {', '.join(names)}")
+
+
 def hold_out(config: TrainConfig, data: Collected) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the pairs to train on and of those held out."""
     share, max_pairs = config.evaluation.share, config.evaluation.max_pairs
     keys = data.prompt_keys[data.prompt_codes]
     return split_held_out(keys, data.is_pair, share=share, max_pairs=max_pairs, seed=config.seed)
+
+
+def refuse_data(config: TrainConfig, data: Collected, held: np.ndarray) -> None:
+    """Raise ConfigError where the data is not of the kind that the settings need."""
+    if config.evaluation.max_kl is not None and not len(held):
+        raise ConfigError(
+            "evaluation.max_kl is measured on held-out pairs, and there are none: raise evaluation.share, bring more "
+            "pairs, or set evaluation.max_kl=null"
+        )
+    if cast(Loss, config.loss).unit == "pair":
+        refuse_single_images(data.records, data.is_pair)
 
 
 def refuse_uneven(config: TrainConfig, processes: Processes) -> None:
@@ -116,13 +144,7 @@ def prepare(
     """Encode what is not cached, and set up the optimizer: everything up to the first step."""
     loss = cast(Loss, config.loss)
     train_on, held = hold_out(config, data)
-    if config.evaluation.max_kl is not None and not len(held):
-        raise ConfigError(
-            "evaluation.max_kl is measured on held-out pairs, and there are none: raise evaluation.share, bring more "
-            "pairs, or set evaluation.max_kl=null"
-        )
-    if loss.unit == "pair":
-        refuse_single_images(data.records, data.is_pair)
+    refuse_data(config, data, held)
     scores = find_scores(config, data)
     examples = make_examples(config, data, train_on, scores)
     latents = _encode(config, model, data, dtype, processes)
@@ -146,12 +168,21 @@ def prepare(
             seed=config.seed,
             objective=objective if loss.unit == "pair" else None,
         )
-    reader = Reader(config, model, examples, latents, processes)
-    reader = _settle_reference(config, reader, held_out, objective, dtype, processes)
+    kind = config.reference.type
+    if kind == "frozen_copy" or (kind == "auto" and objective.needs_reference and model.reference_needs_copy):
+        model.freeze_copy()
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing(selective=config.gradient_checkpointing == "selective")
     if config.compile:
         model.compile()
+    # while the policy still is the reference, and rounds as it will
+    if held_out is not None:
+        held_out.ask_reference(model, processes)
+    whole_data = isinstance(examples, LazySequence)  # then it is the pairs themselves, in their order
+    first_pairs = train_on if whole_data else np.array([example.images[0][0] for example in examples])
+    reader = Reader(config, model, examples, latents, first_pairs, processes)
+    if kind == "cached":
+        reader = replace(reader, cached=_reference_errors(reader, dtype))
     accumulating = distribute(model, processes)
     parameters = model.trainable()
     _announce(reader, held_out, sum(p.numel() for p in parameters.values()), dtype)
@@ -162,7 +193,7 @@ def prepare(
         objective=objective,
         reader=reader,
         parameters=parameters,
-        optimizer=make_optimizer(config, parameters, model.device),
+        optimizer=make_optimizer(config, parameters),
         scaler=make_scaler(model.device, dtype),
         averaged=RunningAverage(parameters, config.reference.ema_decay) if averaged else None,
         ema=RunningAverage(parameters, config.ema_decay) if config.ema_decay else None,
@@ -180,31 +211,16 @@ def make_scaler(device: "torch.device", dtype: "torch.dtype") -> "torch.amp.Grad
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def _settle_reference(
-    config: TrainConfig,
-    reader: Reader,
-    held_out: HeldOut | None,
-    objective: Objective,
-    dtype: "torch.dtype",
-    processes: Processes,
-) -> Reader:
-    """Ask the reference what can be asked now, while the policy still is the reference; keep it if more will be."""
-    model, kind = reader.model, config.reference.type
-    if held_out is not None:
-        held_out.ask_reference(model)
-    if kind == "cached":
-        facts = {
-            "base_weights": model.base_hash,
-            "encoded": reader.cache.name,
-            "precision": str(dtype).removeprefix("torch."),
-            "draws": config.model_dump(mode="json", include=_DECIDE_DRAWS),
-            "examples": config.model_dump(mode="json", include=_DECIDE_EXAMPLES) | _ranked_by(config),
-        }
-        root = config.cache_dir or config.output_dir / "cache"
-        return replace(reader, cached=reference.build(root, reader, facts, processes))
-    if kind == "frozen_copy" or (kind == "auto" and objective.needs_reference and model.reference_needs_copy):
-        model.freeze_copy()
-    return reader
+def _reference_errors(reader: Reader, dtype: "torch.dtype") -> reference.CachedErrors:
+    config = reader.config
+    facts = {
+        "base_weights": reader.model.base_hash,
+        "encoded": reader.cache.name,
+        "precision": str(dtype).removeprefix("torch.") + (", compiled" if config.compile else ""),
+        "draws": config.model_dump(mode="json", include=_DECIDE_DRAWS),
+        "examples": config.model_dump(mode="json", include=_DECIDE_EXAMPLES) | _ranked_by(config),
+    }
+    return reference.build(config.cache_dir or config.output_dir / "cache", reader, facts)
 
 
 def _encode(

@@ -4,6 +4,7 @@ Order, noise, timesteps and dropout are functions of the step and need not be ke
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,11 @@ def save(run: Run, folder: Path, step: int) -> None:
         for key, value in run.optimizer.state[parameter].items()
     }
     parts: dict[str, dict[str, Tensor]] = {
-        "trained": {name: whole(parameter).cpu() for name, parameter in run.parameters.items()},
-        "optimizer": {key: whole(value).cpu() for key, value in optimizer.items() if isinstance(value, torch.Tensor)},
+        "trained": _collected(run, run.parameters),
+        "optimizer": _collected(run, {k: value for k, value in optimizer.items() if isinstance(value, torch.Tensor)}),
     }
     for part, average in _averages(run).items():
-        parts[part] = {name: whole(value).cpu() for name, value in average.values.items()}
+        parts[part] = _collected(run, average.values)
     state = {
         "run": run.identity,
         "optimizer": {key: value for key, value in optimizer.items() if not isinstance(value, torch.Tensor)},
@@ -88,6 +89,16 @@ def resume(run: Run, folder: Path) -> int:
     run.health = Health.from_json(found.state["health"])
     run.kl = found.state["kl"]
     return found.step
+
+
+def _collected(run: Run, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Return whole tensors on the CPU of the main process, of any other nothing; every process has to call this."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor)
+        if run.processes.is_main:
+            found[name] = full.cpu()
+    return found
 
 
 def _averages(run: Run) -> dict[str, RunningAverage]:

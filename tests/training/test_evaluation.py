@@ -160,7 +160,7 @@ def test_the_references_predictions_are_computed_once(tmp_path: Path, monkeypatc
     assert calls.count(("policy", 8)) == 3 * cells // 4
     assert len(calls) == cells
     monkeypatch.undo()
-    fresh = replace(held_out(run), _reference=[])
+    fresh = replace(held_out(run), _reference={})
     assert fresh.evaluate(run.model) == evaluate(run)
 
 
@@ -197,7 +197,7 @@ def test_before_training_a_real_model_ties_as_well_and_after_it_does_not(
     first = evaluate(run)
     assert evaluate(run) == first
     assert first["eval/kl"] > 0 and first["eval/margin"] != 0
-    large = replace(held_out(run), batch_size=24, _reference=[]).evaluate(model)
+    large = replace(held_out(run), batch_size=24, _reference={}).evaluate(model)
     for name, value in first.items():
         assert large[name] == pytest.approx(value, rel=1e-2, abs=1e-6), name
 
@@ -281,7 +281,7 @@ def one_by_one(run: Run, what: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     held = held_out(run)
     for example, prompt in zip(held.examples, held.prompts, strict=True):
-        alone = replace(held, examples=[example], prompts=[prompt], _reference=[])
+        alone = replace(held, examples=[example], prompts=[prompt], _reference={})
         metrics = alone.evaluate(run.model)
         assert not any(name.endswith("/se") for name in metrics)  # there is none of a single prompt
         found.setdefault(prompt, []).append(metrics[f"eval/{what}"])

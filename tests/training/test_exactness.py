@@ -386,3 +386,22 @@ def test_what_does_not_go_together_is_one_sentence(
 def test_a_curriculum_that_never_reaches_all_pairs_is_refused(tiny_sd: Path, scored_pairs: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"order=curriculum takes up all pairs after .* = 100 steps.*max_steps is 6"):
         make_config(tiny_sd, scored_pairs, tmp_path, "order=curriculum")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_byte_in_the_cache_stops_the_run_with_a_sentence_and_the_same_command_mends_it(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, workers: int
+):
+    settings = ["preview=null", "evaluation.share=0", f"dataloader_num_workers={workers}"]
+    train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings))
+    config = make_config(tiny_sd, tiny_pairs, tmp_path / "damaged", *settings, f"cache_dir={tmp_path / 'cache'}")
+    shutil.copytree(tmp_path / "whole" / "cache", tmp_path / "cache")
+    (file,) = (tmp_path / "cache").glob("*/pairs-*.safetensors")
+    damaged = bytearray(file.read_bytes())
+    damaged[-5] ^= 1  # in the last image that is stored
+    file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"is damaged at pair .* the same command encodes it again") as caught:
+        train.run(config)
+    assert "Traceback" not in str(caught.value)
+    train.run(config)
+    assert final_state(tmp_path / "damaged") == final_state(tmp_path / "whole")
