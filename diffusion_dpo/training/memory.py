@@ -24,9 +24,9 @@ CUDA_BYTES = 0.7 * GIB
 """Assumed: what the driver's context, its kernels and the workspaces of cuBLAS and cuDNN take on a card."""
 CUDA_FRAGMENTATION = 0.05
 """Assumed: the share of what tensors hold that the caching allocator keeps beside it and cannot use."""
-CPU_HELD_BACK = 0.95
-"""Measured (docs/performance.md): of what a step's activations take on the CPU, the share that the C library's
-allocator takes beside it, because freed blocks lie between used ones. MALLOC_MMAP_THRESHOLD_=65536 brings it to 0."""
+CPU_HELD_BACK = 0.9
+"""Measured with glibc (docs/performance.md): what its allocator keeps of freed blocks that lie between used ones, over
+what a step holds without checkpointing. With checkpointing it keeps as much: the same blocks come and go."""
 _FAR = 16
 """A peak is the largest of several that grow with the micro-batch, each along a line: between 1 and this size the
 line through both is never too low."""
@@ -71,7 +71,8 @@ class Estimator:
         """Return what a run with these settings needs; `config.model` is that of the estimator."""
         step, held = self.step(config, exact=exact), self.held(config)
         gradients = sum(map(_bytes, self.skeleton.trained()))
-        beyond = step.peak - (0 if config.gradient_accumulation_steps > 1 else gradients)
+        counted = 0 if config.gradient_accumulation_steps > 1 else gradients
+        beyond = step.peak - counted
         activations = min(step.saved, beyond)
         parts = {
             "the process itself": self.process_bytes,
@@ -79,8 +80,10 @@ class Estimator:
             "gradients": gradients,
             "saved activations": activations,
             "temporary workspace": beyond - activations,
-            "freed, but held back": 0 if self.skeleton.on_cuda else CPU_HELD_BACK * beyond,
         }
+        if not self.skeleton.on_cuda:
+            plain = self.step(config.model_copy(update={"gradient_checkpointing": False}), exact=exact)
+            parts["freed, but held back"] = CPU_HELD_BACK * (plain.peak - counted)
         phases = {
             "training": sum(parts.values()) - self.process_bytes,
             "encoding": sum(held[name] for name in _FROM_THE_START) + self._encoding(config.per_device_batch_size),
