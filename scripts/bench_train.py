@@ -15,16 +15,19 @@ import resource
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from random_models import make_pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_dpo import console
 from diffusion_dpo.config import load
 from diffusion_dpo.data import collect
 from diffusion_dpo.data.pairs import pair_row
@@ -41,7 +44,7 @@ TRAINED = {"full": ["model.lora=null"], "LoRA": ["model.lora.rank=8"]}
 REFERENCES = {"fresh": [], "cached": ["reference.type=cached", "reference.num_draws=1"]}
 COLUMNS = (
     *("model", "px", "trained", "reference", "pairs", "pairs/s", "UNet units", "/ bare loop", "outside"),
-    *("TFLOP/pair", "TFLOP/s", "of matrix peak", "peak GiB", "start s"),
+    *("TFLOP/pair", "TFLOP/s", "of matrix peak", "peak GiB", "load + prepare s"),
 )
 
 
@@ -68,7 +71,9 @@ def main() -> None:
     on_cuda = args.device == "cuda"
     models = args.models or (["sd15", "sdxl"] if on_cuda else ["pocket", "mid"])
     where = torch.cuda.get_device_name() if on_cuda else f"CPU, {args.threads} threads"
-    print(f"{where}, torch {torch.__version__}, {' '.join(args.settings) or 'no more settings'}\n", flush=True)
+    imports = time.time() - psutil.Process().create_time()
+    print(f"{where}, torch {torch.__version__}, {' '.join(args.settings) or 'no more settings'}")
+    print(f"start: {imports:.1f} s of imports, then loading + preparing, which encodes the pairs, in the table\n")
     print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|", flush=True)
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
@@ -141,8 +146,7 @@ def report(run: Run, start: Start, num_steps: int) -> Iterator[str]:
 
 def make_run(folder: Path, settings: list[str], batch: int, num_steps: int) -> tuple[Run, Start]:
     """A run over pairs of noise, ready for its first step."""
-    from diffusion_dpo import console
-
+    warnings.simplefilter("ignore")
     console.silence()
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)

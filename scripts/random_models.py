@@ -96,7 +96,9 @@ def make_pipeline(folder: Path, name: str) -> Path:
         "vae": AutoencoderKL(**layout.vae),
         "tokenizer": tokenizer,
         "text_encoder": CLIPTextModel(configs[0]),
-        "scheduler": DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        "scheduler": DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
+        ),
     }
     if len(configs) == 2:
         parts |= {"text_encoder_2": CLIPTextModelWithProjection(configs[1]), "tokenizer_2": tokenizer}
