@@ -65,29 +65,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return data
 
 
-def settle(folder: Path, facts: Mapping[str, Any], content: str) -> None:
+def settle(folder: Path, facts: Mapping[str, Any], words: Mapping[str, str]) -> None:
     """Create a folder of a cache and write the `facts` that it is named after; or see that they are still those.
 
-    Raises ConfigError, naming what differs, when the folder holds what was made from something else: somebody renamed
-    or copied it.
+    `words` says what a fact is about. Raises ConfigError, naming what differs, when somebody renamed or copied it.
     """
-    facts = json.loads(json.dumps(facts))
-    path = folder / "facts.json"
+    facts, path = json.loads(json.dumps(facts)), folder / "facts.json"
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        found = None  # cut off; what the folder holds is checked file by file
-    if not isinstance(found, dict):
+        found = None  # missing or damaged: the files know better
+    if isinstance(found, dict):
+        refuse_others(folder, found, facts, words)
+    else:
         write_json(path, facts)
-        return
-    changed = [key for key in sorted({*facts, *found}) if facts.get(key) != found.get(key)]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{folder} holds {content} for other settings or weights ({key}: {found.get(key)!r} there, "
-            f"{facts.get(key)!r} in this run): remove it, or set cache_dir to another folder"
-        )
+
+
+def refuse_others(path: Path, found: Mapping[str, Any], facts: Mapping[str, Any], words: Mapping[str, str]) -> None:
+    """Raise ConfigError, naming the first fact that differs, when something was copied or renamed."""
+    for name, expected in facts.items():
+        if found.get(name) != expected:
+            raise ConfigError(
+                f"{path} is not what its name says, but of another {words[name]} ({name}: {found.get(name)!r} there, "
+                f"{expected!r} here); it was copied or renamed: remove it, or choose another cache_dir"
+            )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from diffusion_dpo.data.buckets import Size, choose_buckets, crop_offsets, make_
 from diffusion_dpo.data.encode import SIDES, Encoders, encode_pairs, encode_prompts, tensor_name
 from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.tensor_files import DamagedFile, TensorFile, write
-from diffusion_dpo.files import atomic_path, write_json
+from diffusion_dpo.files import atomic_path, refuse_others, settle
 from diffusion_dpo.processes import Processes
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ PAIRS_PER_FILE = 256
 PROMPTS_PER_FILE = 1024
 _MAX_OPEN_FILES = 128
 """Of the 1024 that a process usually may open; the workers of a DataLoader have their own."""
-_FACTS = "facts.json"
 _VERSION = 2
 _WORDS = {
     "format": "format",
@@ -207,12 +206,7 @@ def folder_of(root: Path, facts: dict[str, str]) -> Path:
 
 def _missing(folder: Path, facts: dict[str, str], data: Collected) -> tuple[list[int], list[int]]:
     """Return the numbers of the files of pairs and of prompts that have to be made, and say so."""
-    folder.mkdir(parents=True, exist_ok=True)
-    found = _read_facts(folder / _FACTS)
-    if found is None:
-        write_json(folder / _FACTS, facts)
-    else:
-        _refuse_others(folder, found, facts)
+    settle(folder, facts, _WORDS)
     num_prompts = 1 + len(data.prompts)
     pair_files = [i for i in range(-(-len(data) // PAIRS_PER_FILE)) if not _whole(folder / pairs_file(i), facts)]
     prompt_files = [
@@ -300,24 +294,5 @@ def _whole(path: Path, facts: dict[str, str]) -> bool:
 def _open(path: Path, facts: dict[str, str]) -> TensorFile:
     """Open a file of the cache; raises DamagedFile, and ConfigError when it holds something else than it should."""
     file = TensorFile(path)
-    _refuse_others(path, file.facts, facts | {"file": path.name})
+    refuse_others(path, file.facts, facts | {"file": path.name}, _WORDS)
     return file
-
-
-def _read_facts(path: Path) -> dict[str, str] | None:
-    """Return what a folder says of itself, None where that is missing or damaged: its files know better."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _refuse_others(path: Path, found: dict[str, str], facts: dict[str, str]) -> None:
-    """Raise ConfigError, naming the first fact that differs, when something was copied or renamed."""
-    for name, expected in facts.items():
-        if found.get(name) != expected:
-            raise ConfigError(
-                f"{path} is not what its name says, but of another {_WORDS[name]} ({name}: {found.get(name)!r} there, "
-                f"{expected!r} here); it was copied or renamed: remove it, or choose another cache_dir"
-            )

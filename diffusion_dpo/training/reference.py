@@ -25,6 +25,15 @@ if TYPE_CHECKING:
 
 CELLS_PER_FILE = 1024
 _VERSION = 1
+_WORDS = {
+    "version": "format",
+    "base_weights": "base model",
+    "encoded": "cache of images and prompts",
+    "precision": "precision",
+    "draws": "choice of draws",
+    "examples": "choice of examples",
+}
+"""What a fact is about, for a message."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def build(root: Path, reader: "Reader", facts: Mapping[str, Any]) -> CachedError
     name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = root / f"reference-{name}"
     if processes.is_main:
-        settle(folder, facts, "the reference's errors")
+        settle(folder, facts, _WORDS)
     num_draws = reader.config.reference.num_draws
     cells = _cells(reader, num_draws)
     num_images = len(reader.examples[0].images)

@@ -122,7 +122,7 @@ def test_errors_of_another_base_or_of_other_draws_are_not_taken(tiny_sd: Path, t
         shutil.copy(file, other / file.name)
     seed = json.loads((one / "facts.json").read_text())["draws"]["seed"]
     with pytest.raises(
-        ConfigError, match=r"holds the reference's errors for other settings or weights \(draws: .*cache_dir"
+        ConfigError, match=r"is not what its name says, but of another choice of draws \(draws: .*cache_dir"
     ):
         trained(tiny_sd, tiny_pairs, tmp_path / "third", *cached, f"seed={3 - seed}")
 
