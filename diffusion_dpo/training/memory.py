@@ -86,6 +86,7 @@ class Estimator:
             parts["freed, but held back"] = CPU_HELD_BACK * (plain.peak - counted)
         phases = {
             "training": sum(parts.values()) - self.process_bytes,
+            "saving": sum(held.values()) + gradients + self._copies_to_save(config),
             "encoding": sum(held[name] for name in _FROM_THE_START) + self._encoding(config.per_device_batch_size),
         }
         if config.preview is not None:
@@ -141,6 +142,11 @@ class Estimator:
     def _encoding(self, size: int) -> float:
         """The VAE holds as much for every image."""
         return float(min(8, size) * self._counted("encoding", 1, self.skeleton.resolution_px))
+
+    def _copies_to_save(self, config: TrainConfig) -> float:
+        """Files have kernels in another layout than channels_last, and AdamW two moments of each in one file."""
+        kernels = sum(map(_bytes, filter(_is_kernel, self.skeleton.trained())))
+        return 0 if self.skeleton.on_cuda else kernels * (2 if config.optimizer == "adamw" else 1)
 
     def _previews(self, config: TrainConfig) -> float:
         assert config.preview is not None
