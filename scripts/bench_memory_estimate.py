@@ -4,7 +4,7 @@
     python scripts/bench_memory_estimate.py --device cuda            # SD 1.5 and SDXL: what torch reserves at most
     python scripts/bench_memory_estimate.py --models mid --settings per_device_batch_size=4
 
-The models have random weights, and the layout that their names say: `mid` is an SD 1.5 of 88 M parameters. Previews
+The models have random weights, and the layout that their names say: `mid` is an SD 1.5 of 92 M parameters. Previews
 are off. On the CPU the estimate holds the process itself; on CUDA it is compared without what torch cannot see.
 """
 

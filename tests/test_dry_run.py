@@ -87,8 +87,13 @@ def test_a_card_gets_the_settings_that_cost_the_least_speed() -> None:
 def test_relief_names_what_saves_most_and_nothing_that_does_not() -> None:
     common = ["resolution_px=256", "device=cpu", "preview=null"]
     lines = relief(load(TrainConfig, None, [*common, "model.lora=null"]))
-    assert [line.partition(":")[0] for line in lines][:1] == ["gradient_checkpointing=true"]
+    names = [line.partition(":")[0] for line in lines]
     assert len(lines) == 3
+    assert {"gradient_checkpointing=true", "per_device_batch_size=2"} < set(names)
+    needs = [line.partition(": ")[2].split(" -> ") for line in lines]
+    assert len({before for before, _ in needs}) == 1
+    after = [float(text.removesuffix(" MiB")) for _, text in needs]
+    assert after == sorted(after), "what saves most comes first"
     lines = relief(load(TrainConfig, None, [*common, "gradient_checkpointing=true", "per_device_batch_size=1"]))
     assert not any("gradient_checkpointing" in line or "per_device_batch_size" in line for line in lines)
 
