@@ -176,7 +176,8 @@ class Reference(Config):
     copy in either case. cached: its errors, computed once for num_draws draws of noise and timestep per pair, so that
     no step asks it. ema: a running average of the policy, which follows it slowly."""
     num_draws: int = Field(4, ge=1)
-    """Draws per pair of cached; epoch e repeats draw e mod num_draws. More than there are epochs changes nothing."""
+    """Draws per pair of cached; epoch e repeats draw e mod num_draws. As many as there are epochs change nothing; a
+    quarter of that was no worse (docs/benchmarks/reference.md)."""
     ema_decay: float = Field(0.99, ge=0, lt=1)
     """Share of the average that is kept at every step of ema."""
 

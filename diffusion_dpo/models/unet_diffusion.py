@@ -213,7 +213,9 @@ class LoadedUNet(LoadedModel):
         if denoiser is None:
             denoiser = self.unet
         half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=half), self._compiler_errors():
+        # a weight is cast once a forward; the cache of such casts would outlive the blocks that are recomputed
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=half, cache_enabled=False)
+        with autocast, self._compiler_errors():
             output = denoiser(
                 noisy_latents.contiguous(memory_format=torch.channels_last),
                 timesteps,

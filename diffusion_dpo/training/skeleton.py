@@ -131,7 +131,7 @@ class Skeleton:
     def _predict(self, unet: Any, inputs: dict[str, Any]) -> "Tensor":
         import torch
 
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype != torch.float32, cache_enabled=False):
             prediction: Tensor = unet(**inputs).sample
         return prediction.float()
 
