@@ -122,12 +122,13 @@ def gather(run: "Run") -> None:
     from torch.distributed.tensor import DTensor
     from torch.nn import Parameter
 
+    if not any(isinstance(parameter, DTensor) for parameter in run.parameters.values()):
+        return
     unet = run.model.pipeline.unet
     for name, parameter in run.parameters.items():
-        if isinstance(parameter, DTensor):
-            full = whole(parameter)
-            owner, _, leaf = name.rpartition(".")
-            if run.processes.is_main:
-                unet.get_submodule(owner)._parameters[leaf] = Parameter(full.cpu())
+        full = whole(parameter)
+        owner, _, leaf = name.rpartition(".")
+        if run.processes.is_main:
+            unet.get_submodule(owner)._parameters[leaf] = Parameter(full.cpu())
     if isinstance(unet, FSDPModule):
         unet.__class__ = type(unet).__bases__[1]  # what it was before, whose name is written beside the weights
