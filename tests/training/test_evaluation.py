@@ -207,7 +207,7 @@ def test_errors_are_those_of_every_pair_at_the_middles_of_the_schedule(tmp_path:
     shift(run, 1.0, seed=3)
     held, metrics = held_out(run), evaluate(run)
     whole = replace(held, batch_size=10**6)
-    batch = whole._batch(run.model, 0)
+    batch = whole._batch(run.model, whole._parts[0])
     assert batch.timesteps.view(-1, 8).eq(torch.arange(62, 1000, 125)).all()
     assert len(torch.unique(batch.noise.flatten(1), dim=0)) == len(batch.noise) == 8 * len(held.examples)
     errors = denoising_errors(run.model, batch, reference=run.model.reference)
@@ -226,7 +226,8 @@ def test_the_loss_is_the_objectives_where_that_is_about_pairs(tmp_path: Path):
     for loss in ("dpo", "ipo"):
         run = prepared(tmp_path / loss, f"loss.type={loss}", "loss.beta=100", "weighting.timesteps=min_snr")
         shift(run, 1.0, seed=3)
-        batch = replace(held_out(run), batch_size=10**6)._batch(run.model, 0)
+        whole = replace(held_out(run), batch_size=10**6)
+        batch = whole._batch(run.model, whole._parts[0])
         values = run.objective(denoising_errors(run.model, batch, reference=run.model.reference))[1].loss
         metrics = evaluate(run)
         assert metrics["eval/loss"] == pytest.approx(values.mean().item(), rel=1e-5)
@@ -267,7 +268,8 @@ def test_the_noise_levels_average_to_the_total(tmp_path: Path):
     for what in ("accuracy", "margin"):
         assert np.mean([metrics[f"eval/{level}/{what}"] for level in levels]) == pytest.approx(metrics[f"eval/{what}"])
     # relative errors are over the level's own error, which weighs them in the total
-    batch = replace(held_out(run), batch_size=10**6)._batch(run.model, 0)
+    whole = replace(held_out(run), batch_size=10**6)
+    batch = whole._batch(run.model, whole._parts[0])
     found = denoising_errors(run.model, batch, reference=run.model.reference).reference
     assert found is not None
     weights = found[:, 0].view(-1, 8).mean(0)
