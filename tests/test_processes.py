@@ -91,7 +91,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         for name in TRACE:
             tight = name.startswith("errors/reference")
-            assert b[name] == pytest.approx(a[name], rel=1e-6 if tight else 1e-3, abs=0 if tight else 1e-4), name
+            assert b[name] == pytest.approx(a[name], rel=1e-6 if tight else 1e-2, abs=0 if tight else 1e-4), name
         for name in [name for name in a if name.startswith("eval/") and "/se" not in name and "accuracy" not in name]:
             assert b[name] == pytest.approx(a[name], rel=1e-2, abs=1e-5), name  # small differences of large numbers
 
