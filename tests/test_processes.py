@@ -169,7 +169,8 @@ def test_weights_divided_among_processes_train_alike_and_are_saved_whole(
     last = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "trained.safetensors")
     average = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "ema.safetensors")
     for name, value in one.items():
-        assert torch.allclose(two[name], value, rtol=1e-3, atol=1e-4), name
+        # where a gradient is about 0, Adam steps by the learning rate either way
+        assert torch.allclose(two[name], value, rtol=1e-3, atol=2 * 6 * 1e-4), name
         assert torch.equal(two[name], average[name]), "what is saved is the average"
     assert any(not torch.equal(last[name], average[name]) for name in average)
     settings = [json.loads((tmp_path / run / "unet" / "config.json").read_text()) for run in ("one", "two")]
