@@ -32,9 +32,8 @@ class Processes:
         import torch
 
         count = int(os.environ.get("WORLD_SIZE", "1"))
-        if any(int(os.environ.get(name, "1")) > count for name in _SIZES_OF_MPI) or (count > 1) > (
-            "RANK" in os.environ
-        ):
+        by_mpi = any(int(os.environ.get(name, "1")) > count for name in _SIZES_OF_MPI)
+        if by_mpi or (count > 1 and "RANK" not in os.environ):
             raise ConfigError("start several processes with `accelerate launch` or `torchrun`, which name their ranks")
         if count == 1:
             return cls()
@@ -135,7 +134,7 @@ def explain_lost_process(error: Exception) -> ConfigError | None:
     if not torch.distributed.is_initialized() or not isinstance(error, RuntimeError):
         return None
     text = str(error)
-    if isinstance(error, torch.distributed.DistError) or any(word in text for word in ("gloo", "NCCL", "peer")):
+    if any(words in text for words in ("gloo", "closed by peer", "reset by peer", "remote process")):
         return ConfigError(
             "another process of this run has died, so this one stops; if it could say why, that is above. Checkpoints "
             f"are as they were: the same command continues from the last one ({text.strip().splitlines()[0][:200]})"

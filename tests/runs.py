@@ -1,12 +1,18 @@
 """Short training runs of tiny models, and what of them has to be equal bit for bit."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_dpo.config import load
+from diffusion_dpo.sampling import image_seed
 from diffusion_dpo.settings import TrainConfig
 
 
@@ -42,6 +48,39 @@ def final_state(run_dir: Path) -> dict[str, Any]:
         for name, tensor in load_file(file).items()
     }
     return {**tensors, "metrics": (run_dir / "metrics.jsonl").read_text()}
+
+
+def draw_plainly(run_dir: Path, model: Path, pipeline: str, *, guidance: float) -> np.ndarray:
+    """What plain diffusers draws for "abc" with the result of a run, in a process without this package, as pixels."""
+    script = f"""
+import sys, torch
+from diffusers import {pipeline}, UNet2DConditionModel
+pipe = {pipeline}.from_pretrained({str(model)!r})
+if {(run_dir / "adapter").exists()}:
+    pipe.load_lora_weights({str(run_dir / "adapter")!r})
+else:
+    pipe.unet = UNet2DConditionModel.from_pretrained({str(run_dir / "unet")!r})
+noise = torch.load({str(run_dir / "noise.pt")!r}, weights_only=True)
+image = pipe("abc", latents=noise, num_inference_steps=2, guidance_scale={guidance}).images[0]
+assert not any(name.startswith("diffusion_dpo") for name in sys.modules)
+image.save({str(run_dir / "plain.png")!r})
+"""
+    noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(image_seed(0, "abc", 0)))[None]
+    torch.save(noise, run_dir / "noise.pt")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=run_dir)
+    return read_image(run_dir / "plain.png")
+
+
+def read_image(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path), dtype=int)
+
+
+def assert_drawn_alike(run_dir: Path, model: Path, pipeline: str, *, guidance: float) -> None:
+    """The saved result is the model that the last preview came from, and not the one of the first."""
+    plain = draw_plainly(run_dir, model, pipeline, guidance=guidance)
+    ours, base = (read_image(run_dir / "previews" / f"step-{step:08d}" / "00.png") for step in (6, 0))
+    assert np.abs(plain - ours).max() <= 1
+    assert np.abs(base - ours).max() > 3
 
 
 MODES = {

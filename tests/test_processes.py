@@ -84,14 +84,14 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, *, rel: float = 1e-3) -> None:
     """To 1e-4 in the losses; samples and noise are the same when the reference's errors are, to float error."""
     for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
         assert a.keys() == b.keys()
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-4)
         for name in TRACE:
             tight = name.startswith("errors/reference")
-            assert b[name] == pytest.approx(a[name], rel=1e-6 if tight else 1e-2, abs=0 if tight else 1e-4), name
+            assert b[name] == pytest.approx(a[name], rel=1e-6 if tight else rel, abs=0 if tight else 1e-4), name
         for name in [name for name in a if name.startswith("eval/") and "/se" not in name and "accuracy" not in name]:
             assert b[name] == pytest.approx(a[name], rel=1e-2, abs=1e-5), name  # small differences of large numbers
 
@@ -163,14 +163,18 @@ def test_weights_divided_among_processes_train_alike_and_are_saved_whole(
     sharded = {"launcher": TORCHRUN, "ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
     finish(make_config(tiny_sd, tiny_pairs, tmp_path / "two", *full, "max_steps=3"), **sharded)
     finish(make_config(tiny_sd, tiny_pairs, tmp_path / "two", *full), **sharded)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two", rel=5e-3)  # its weights are in another layout
     one, two = (load_file(tmp_path / run / "unet" / "diffusion_pytorch_model.safetensors") for run in ("one", "two"))
     assert one.keys() == two.keys()
     last = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "trained.safetensors")
     average = load_file(tmp_path / "two" / "checkpoints" / "step-00000006" / "ema.safetensors")
-    for name, value in one.items():
-        # where a gradient is about 0, Adam steps by the learning rate either way
-        assert torch.allclose(two[name], value, rtol=1e-3, atol=2 * 6 * 1e-4), name
+    base = load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors")
+    moved, apart = (
+        torch.cat([(weights[name] - base_or_one[name]).flatten() for name in one]).norm()
+        for weights, base_or_one in ((one, base), (two, one))
+    )
+    assert 0 < apart < 0.1 * moved  # Adam steps by the learning rate also where a gradient is noise
+    for name in one:
         assert torch.equal(two[name], average[name]), "what is saved is the average"
     assert any(not torch.equal(last[name], average[name]) for name in average)
     settings = [json.loads((tmp_path / run / "unet" / "config.json").read_text()) for run in ("one", "two")]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from diffusion_dpo.losses.objective import Objective
@@ -35,13 +35,17 @@ class Run:
     """The running average of the policy, where that is the result."""
     held_out: HeldOut | None
     health: Health
-    processes: Processes = field(default_factory=Processes)
-    accumulating: Callable[[bool], AbstractContextManager[object]] = lambda last: nullcontext()
+    accumulating: Callable[[bool], AbstractContextManager[object]]
     """The context of a micro-batch; the argument says whether it is the last of its step."""
     identity: str = ""
     """Hash of what makes this run another than any other; a checkpoint of another run is refused."""
     kl: float = 0.0
     """The KL divergence from the reference, in nats per image, at the last evaluation."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that train together."""
+        return self.reader.processes
 
     @property
     def beyond_budget(self) -> bool:

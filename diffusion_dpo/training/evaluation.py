@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,11 +104,11 @@ class HeldOut:
         """The batches of a process, equally many for each, which a divided model needs; above the last: it, again."""
         return range(processes.rank, -(-len(self._parts) // processes.count) * processes.count, processes.count)
 
-    @property
+    @cached_property
     def _shapes(self) -> list[tuple[int, int, int]]:
         return [self.cache.shapes[self.cache.bucket_of[example.images[0][0]]] for example in self.examples]
 
-    @property
+    @cached_property
     def _parts(self) -> list[range]:
         """The cells of the grid, in batches of one shape: a pair at a timestep, pair by pair."""
         parts, start = [], 0

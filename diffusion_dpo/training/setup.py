@@ -199,7 +199,6 @@ def prepare(
         ema=RunningAverage(parameters, config.ema_decay) if config.ema_decay else None,
         held_out=held_out,
         health=Health(),
-        processes=processes,
         accumulating=accumulating,
     )
 

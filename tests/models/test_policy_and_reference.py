@@ -1,7 +1,5 @@
 """Policy, reference and what is saved, of every family alike, in every mode of training."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from diffusion_dpo import train
 from diffusion_dpo.models.stable_diffusion import StableDiffusion
 from diffusion_dpo.models.stable_diffusion_xl import StableDiffusionXL
 from diffusion_dpo.models.unet_diffusion import LoadedUNet, Lora
-from diffusion_dpo.sampling import image_seed
-from tests.runs import MODES, make_config, read_metrics
+from tests.runs import MODES, assert_drawn_alike, make_config, read_metrics
 
 CPU = torch.device("cpu")
 SETTINGS = {"stable_diffusion": StableDiffusion, "stable_diffusion_xl": StableDiffusionXL}
@@ -161,26 +157,5 @@ def test_plain_diffusers_draws_what_sdxl_training_draws(
 ) -> None:
     """In another process, without this package: the saved adapter is the model that the last preview came from."""
     settings = ["model.type=stable_diffusion_xl", "learning_rate=3e-2", "preview.sampling.guidance_scale=3"]
-    config = make_config(tiny_sdxl, tiny_pairs, tmp_path, *settings, *MODES[mode])
-    train.run(config)
-    script = f"""
-import sys, torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-pipe = StableDiffusionXLPipeline.from_pretrained({str(tiny_sdxl)!r}, add_watermarker=False)
-if {mode == "lora"}:
-    pipe.load_lora_weights({str(tmp_path / "adapter")!r})
-else:
-    pipe.unet = UNet2DConditionModel.from_pretrained({str(tmp_path / "unet")!r})
-noise = torch.load({str(tmp_path / "noise.pt")!r}, weights_only=True)
-image = pipe("abc", latents=noise, num_inference_steps=2, guidance_scale=3).images[0]
-assert not any(name.startswith("diffusion_dpo") for name in sys.modules)
-image.save({str(tmp_path / "plain.png")!r})
-"""
-    seed = image_seed(config.seed, "abc", 0)
-    torch.save(torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))[None], tmp_path / "noise.pt")
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    previews = tmp_path / "previews"
-    paths = (tmp_path / "plain.png", previews / "step-00000006" / "00.png", previews / "step-00000000" / "00.png")
-    plain, ours, base = (np.asarray(Image.open(path), dtype=int) for path in paths)
-    assert np.abs(plain - ours).max() <= 1
-    assert np.abs(base - ours).max() > 3
+    train.run(make_config(tiny_sdxl, tiny_pairs, tmp_path, *settings, *MODES[mode]))
+    assert_drawn_alike(tmp_path, tiny_sdxl, "StableDiffusionXLPipeline", guidance=3)
