@@ -114,10 +114,10 @@ def measure(settings: list[str], *, returns_memory: bool) -> float:
     `returns_memory` keeps the C library's allocator from holding back what was freed.
     """
     program = (
-        "import resource, sys, torch; from diffusion_dpo import train; from diffusion_dpo.config import load\n"
+        "import re, sys, torch; from diffusion_dpo import train; from diffusion_dpo.config import load\n"
         "from diffusion_dpo.settings import TrainConfig; train.run(load(TrainConfig, None, sys.argv[1:]))\n"
         "print('peak', torch.cuda.max_memory_reserved() if torch.cuda.is_available() else "
-        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "1024 * int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]))"
     )
     environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if returns_memory else {})
     command = [sys.executable, "-c", program, *settings]
