@@ -108,6 +108,11 @@ def _refuse_unusable(scorers: Sequence[Scorer], prompts: Sequence[Prompt]) -> No
     """Say before anything is drawn what would stop the judges afterwards."""
     lacking = sum(not prompt.references for prompt in prompts)
     for scorer in scorers:
+        if "rivals" in scorer.needs:
+            raise ConfigError(
+                f"the scorer {scorer.type} compares the images of a prompt with each other, which says nothing of two "
+                "models; leave it out"
+            )
         if lacking and "reference" in scorer.needs:
             raise ConfigError(
                 f"the scorer {scorer.type} compares with reference images, and {lacking} of {len(prompts)} prompts "
@@ -226,6 +231,7 @@ def _draw_rows(
                 "seed": slot.seed,
                 "image": image_struct(encode_png(image)),
                 "references": [image_struct(data) for data in slot.prompt.references],
+                "origin": "",
                 "settings_hash": settings_hash,
             }
 

@@ -83,6 +83,7 @@ def _rows(
                     "seed": item.seed,
                     "image": image_struct(encode_png(image)),
                     "references": [image_struct(data) for data in item.prompt.references],
+                    "origin": "",
                     "settings_hash": _hash(repr(sorted(identity.items()))),
                 }
             )

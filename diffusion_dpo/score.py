@@ -1,7 +1,9 @@
 """`score`: candidates -> scores. One shard a judge and portion of images; what was judged once is not judged again."""
 
+import hashlib
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from diffusion_dpo.data.shards import SCORES, write_shard
 from diffusion_dpo.device import pick_device
 from diffusion_dpo.files import claim, finish, write_json
 from diffusion_dpo.scorers import Scorer, ScoreRequest
-from diffusion_dpo.scorers.judge import Judge, check_metrics, warn_if_constant
+from diffusion_dpo.scorers.judge import FAILED, Judge, check_metrics, warn_if_constant
 from diffusion_dpo.settings import ScoreConfig
 
 if TYPE_CHECKING:
@@ -29,7 +31,10 @@ if TYPE_CHECKING:
 
 Verdicts = dict[str, Verdict]
 """The verdicts on one image, by metric."""
+Rivals = dict[str, dict[str, bytes]]
+"""The encoded images of each prompt, by uid."""
 _BROKEN = "broken image: "
+_BLACK = "black all over, as what a safety filter leaves"
 IMAGES_PER_SHARD = 1024
 
 
@@ -73,14 +78,20 @@ class _Scoring:
     judge: Judge | None = None
     """There once something new has to be judged: a rerun loads no weights."""
     fingerprint: str = ""
+    homes: dict[str, list[Unit]] = field(default_factory=dict)
+    """Where the images of a prompt lie, for a scorer that compares them with each other."""
 
     def run(self, units: Sequence[Unit]) -> list[Verdicts]:
         """Write the shards that are missing or outdated; return the verdicts on every image, in order."""
         label = self.scorer.metrics[0].name
         self.fingerprint = self.scorer.fingerprint()
+        if "rivals" in self.scorer.needs:
+            self._find_homes(units)
         write_json(facts_path(self.folder, label), _facts(self.scorer, self.fingerprint))
         shards = {path: _read_or_discard(path, self.fingerprint) for path in shards_of(self.folder, label)}
         for shard in shards.values():
+            for key in [key for key, found in shard.items() if found[label].reason.startswith(FAILED)]:
+                del shard[key]  # perhaps it does not fail again
             self.known.update(shard)
         keys: list[str] = []
         broken = 0
@@ -94,24 +105,56 @@ class _Scoring:
                     advance(len(unit_keys))
                 else:
                     candidates = unit.read()
+                    rivals = self._rivals(unit)
                     for path, part in paths.items():
-                        rows = self._rows(islice(candidates, len(part)), advance)
+                        rows = self._rows(islice(candidates, len(part)), rivals, advance)
                         write_shard(path, list(rows), SCORES)
                 keys += unit_keys
-                broken += sum(self.known[key][label].reason.startswith(_BROKEN) for key in unit_keys)
+                broken += sum(self.known[key][label].reason.startswith((_BROKEN, FAILED)) for key in unit_keys)
                 if broken > self.config.max_broken_share * num_images:
                     raise ConfigError(
-                        f"{broken} of {num_images} images of {self.config.path} are broken, more than "
-                        f"max_broken_share={self.config.max_broken_share:g}; mend or remove them, or raise it"
+                        f"{broken} of {num_images} images of {self.config.path} are broken or make {label} fail, more "
+                        f"than max_broken_share={self.config.max_broken_share:g}; mend or remove them, or raise it. "
+                        f"The last: {next(r for r in self._reasons(unit_keys) if r.startswith((_BROKEN, FAILED)))}"
                     )
         return [self.known[key] for key in keys]
 
-    def _rows(self, candidates: Iterator[Candidate], advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    def _reasons(self, keys: Sequence[str]) -> Iterator[str]:
+        return (self.known[key][self.scorer.metrics[0].name].reason for key in reversed(keys))
+
+    def _find_homes(self, units: Sequence[Unit]) -> None:
+        """Note where each prompt's images lie; the values depend on all of them, and so does the fingerprint."""
+        members: dict[str, set[str]] = defaultdict(set)
+        for unit in units:
+            groups = set()
+            for candidate in unit.read(images=False):
+                groups.add(candidate.group)
+                members[candidate.group].add(candidate.uid)
+            for group in groups - {""}:
+                self.homes.setdefault(group, []).append(unit)
+        content = json.dumps([[group, *sorted(uids)] for group, uids in sorted(members.items())])
+        self.fingerprint += "-among-" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def _rivals(self, unit: Unit) -> Rivals:
+        """Return all images of the prompts that have some in this unit; none where nothing compares."""
+        if not self.homes:
+            return {}
+        groups = {candidate.group for candidate in unit.read(images=False)} & self.homes.keys()
+        homes = {home.name: home for group in groups for home in self.homes[group]}
+        found: Rivals = {group: {} for group in groups}
+        for candidate in (candidate for home in homes.values() for candidate in home.read()):
+            if candidate.group in groups and not candidate.broken:
+                found[candidate.group][candidate.uid] = candidate.data
+        return found
+
+    def _rows(
+        self, candidates: Iterator[Candidate], rivals: Rivals, advance: Callable[[int], None]
+    ) -> Iterator[dict[str, Any]]:
         """Yield the rows of one shard, judging what is not known yet."""
         while portion := list(islice(candidates, self.config.batch_size)):
             new = {candidate.key: candidate for candidate in portion if candidate.key not in self.known}
             if new:
-                self.known.update(self._verdicts(list(new.values())))
+                self.known.update(self._verdicts(list(new.values()), rivals))
             for candidate in portion:
                 for metric, verdict in self.known[candidate.key].items():
                     yield {
@@ -124,26 +167,33 @@ class _Scoring:
                     }
             advance(len(portion))
 
-    def _verdicts(self, candidates: Sequence[Candidate]) -> dict[str, Verdicts]:
-        """Judge images with different keys; what is broken is named and gets NaN with the reason."""
+    def _verdicts(self, candidates: Sequence[Candidate], rivals: Rivals) -> dict[str, Verdicts]:
+        """Judge images with different keys; what is broken or black gets NaN with the reason."""
         requests: dict[str, ScoreRequest] = {}
-        broken: dict[str, str] = {}
-        references: dict[bytes, Image.Image] = {}
+        unusable: dict[str, str] = {}
+        decoded: dict[bytes, Image.Image] = {}
         for candidate in candidates:
             try:
-                requests[candidate.key] = _request(candidate, references)
+                request = _request(candidate, rivals.get(candidate.group, {}), decoded)
             except BrokenImage as error:
-                broken[candidate.key] = f"{_BROKEN}{error}"
+                unusable[candidate.key] = f"{_BROKEN}{error}"
                 warn(f"skipped {candidate.where}: {error}")
+            else:
+                if request.image.getbbox() is None:
+                    unusable[candidate.key] = _BLACK
+                else:
+                    requests[candidate.key] = request
         if self.judge is None:
             self.scorer.load(self.device)
-            self.judge = Judge(self.scorer, batch_size=self.config.batch_size)
+            self.judge = Judge(
+                self.scorer, batch_size=self.config.batch_size, timeout_seconds=self.config.batch_timeout_seconds
+            )
         scores = self.judge.score(list(requests.values()))
-        found: dict[str, Verdicts] = {key: {} for key in (*requests, *broken)}
+        found: dict[str, Verdicts] = {key: {} for key in (*requests, *unusable)}
         for name, values in scores.values.items():
             for key, value, reason in zip(requests, values, scores.reasons, strict=True):
                 found[key][name] = Verdict(float(value), reason)
-            for key, reason in broken.items():
+            for key, reason in unusable.items():
                 found[key][name] = Verdict(math.nan, reason)
         return found
 
@@ -165,18 +215,28 @@ def _read_or_discard(path: Path, fingerprint: str) -> dict[str, Verdicts]:
         return {}
 
 
-def _request(candidate: Candidate, references: "dict[bytes, Image.Image]") -> ScoreRequest:
-    """Decode an image and its references, each of these once; raises BrokenImage."""
+def _request(candidate: Candidate, rivals: dict[str, bytes], decoded: "dict[bytes, Image.Image]") -> ScoreRequest:
+    """Decode an image and what it is compared with, each file of these once; raises BrokenImage."""
+
+    def decode(data: bytes) -> "Image.Image":
+        if data not in decoded:
+            decoded[data] = decode_rgb(data)
+        return decoded[data]
+
     if candidate.broken:
         raise BrokenImage(candidate.broken)
-    image = decode_rgb(candidate.data)
-    for data in candidate.references:
-        if data not in references:
-            try:
-                references[data] = decode_rgb(data)
-            except BrokenImage as error:
-                raise BrokenImage(f"its reference is broken: {error}") from None
-    return ScoreRequest(image, candidate.prompt, tuple(references[data] for data in candidate.references))
+    image = decode(candidate.data)
+    try:
+        references = tuple(decode(data) for data in candidate.references)
+    except BrokenImage as error:
+        raise BrokenImage(f"its reference is broken: {error}") from None
+    others = []
+    for uid in sorted(rivals.keys() - {candidate.uid}):
+        try:
+            others.append(decode(rivals[uid]))
+        except BrokenImage:  # is said of the rival itself
+            continue
+    return ScoreRequest(image, candidate.prompt, references, tuple(others))
 
 
 def _facts(scorer: Scorer, fingerprint: str) -> dict[str, Any]:

@@ -80,8 +80,10 @@ class ScoreConfig(Config):
     """Images judged at once."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
+    batch_timeout_seconds: float | None = Field(1800.0, gt=0)
+    """Give up when a judge says nothing about a batch for so long; null waits for ever."""
     max_broken_share: float = Field(0.05, ge=0, le=1)
-    """Stop when more than this share of the images cannot be read."""
+    """Stop when more than this share of the images cannot be read, or makes a judge fail."""
     output_dir: Path | None = None
     """Folder for the scores; null puts them beside the candidates."""
 

@@ -51,6 +51,7 @@ def candidates_folder(root: Path) -> Path:
                 "seed": i,
                 "image": shards.image_struct(data if i != 4 else data[:300]),
                 "references": [],
+                "origin": "",
                 "settings_hash": "h",
             }
         )

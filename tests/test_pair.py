@@ -136,6 +136,7 @@ def _row(prompt: str, index: int, value: int) -> dict[str, object]:
         "seed": 100 * value,
         "image": image_struct(encode_png(image)),
         "references": [],
+        "origin": "",
         "settings_hash": "0",
     }
 

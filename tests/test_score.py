@@ -21,7 +21,7 @@ from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes, render
-from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
+from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.settings import ScoreConfig
 
 ME = "tests.test_score:Counting" if __name__.startswith("tests.") else f"{__name__}:Counting"
@@ -86,6 +86,7 @@ def _row(image: Image.Image, prompt: str, index: int) -> dict[str, Any]:
         "seed": index,
         "image": image_struct(encode_png(image)),
         "references": [],
+        "origin": "",
         "settings_hash": "0",
     }
 
@@ -218,7 +219,7 @@ def test_the_facts_of_the_metrics_lie_beside_the_scores(candidates: Path) -> Non
 
 
 def test_a_foreign_parquet_without_prompts(tmp_path: Path) -> None:
-    images = [Image.new("RGB", (32 + i, 40), (20 * i, 0, 0)) for i in range(5)]
+    images = [Image.new("RGB", (32 + i, 40), (20 * i, 9, 0)) for i in range(5)]
     file = tmp_path / "train-00000-of-00001.parquet"
     pq.write_table(pa.table({"image": [encode_png(image) for image in images]}), file)
     _score(file, _counting())
@@ -233,7 +234,7 @@ def test_a_foreign_parquet_without_prompts(tmp_path: Path) -> None:
 
 def test_a_large_file_is_kept_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score, "IMAGES_PER_SHARD", 2)
-    images = [Image.new("RGB", (32 + i, 40), (20 * i, 0, 0)) for i in range(5)]
+    images = [Image.new("RGB", (32 + i, 40), (20 * i, 9, 0)) for i in range(5)]
     pq.write_table(pa.table({"image": [encode_png(image) for image in images]}), tmp_path / "train.parquet")
     with pytest.raises(KeyboardInterrupt):
         _score(tmp_path, _counting(stop_after=4), "batch_size=2")
@@ -302,3 +303,81 @@ def test_nothing_to_score(tmp_path: Path) -> None:
     pq.write_table(pa.table({"picture": [b""]}), tmp_path / "a.parquet")
     with pytest.raises(ConfigError, match="has no column 'image'"):
         _score(tmp_path, "scorers=[brightness]")
+
+
+class Contrast(Scorer):
+    """How much brighter an image is than the other images of its prompt; fails on a red of `hates`."""
+
+    licence = "none"
+    hates: int = -1
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"rivals"})
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (Metric("contrast", higher_is_better=True, range=(-255.0, 255.0)),)
+
+    def fingerprint(self) -> str:
+        return "1"
+
+    def score(self, batch: Sequence[ScoreRequest]) -> Scores:
+        values, reasons = [], []
+        for request in batch:
+            judged.append(request.prompt)
+            if np.asarray(request.image)[0, 0, 0] == self.hates:
+                raise RuntimeError("hated")
+            others = [np.asarray(rival).mean() for rival in request.rivals]
+            values.append(np.asarray(request.image).mean() - np.mean(others) if others else np.nan)
+            reasons.append("" if others else "the only image of its prompt")
+        return Scores({"contrast": np.array(values)}, tuple(reasons))
+
+
+def _contrast(hates: int = -1) -> str:
+    return f"scorers={json.dumps([{'type': ME.replace('Counting', 'Contrast'), 'hates': hates}])}"
+
+
+def _grey(*values: int) -> list[Image.Image]:
+    return [Image.new("RGB", (32, 32), (value, value, value)) for value in values]
+
+
+def test_rivals_are_the_other_images_of_a_prompt_wherever_they_lie(tmp_path: Path) -> None:
+    a, b, c = _grey(10, 20, 60)
+    rows = [_row(a, "p", 0), _row(b, "p", 1), _row(b, "p", 2), _row(c, "p", 3), _row(c, "alone", 0)]
+    write_shard(tmp_path / "images-00000.parquet", rows[:2], CANDIDATES)
+    write_shard(tmp_path / "images-00001.parquet", rows[2:], CANDIDATES)
+    _score(tmp_path, _contrast())
+    assert _values(tmp_path, "contrast") == [10 - 40, 20 - 35, 20 - 35, 60 - 15, None]
+    before = _snapshot(tmp_path)
+    judged.clear()
+    _score(tmp_path, _contrast())
+    assert judged == []
+    assert {k: v[1] for k, v in _snapshot(tmp_path).items()} == {k: v[1] for k, v in before.items()}
+    write_shard(tmp_path / "images-00002.parquet", [_row(_grey(90)[0], "p", 4)], CANDIDATES)
+    _score(tmp_path, _contrast())
+    assert _values(tmp_path, "contrast")[0] == pytest.approx(10 - (20 + 60 + 90) / 3), "one rival more"
+
+
+def test_an_image_that_makes_a_scorer_fail_is_marked_and_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [_row(image, "p", i) for i, image in enumerate(_grey(10, 20, 60))]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    with pytest.raises(
+        ConfigError, match=r"1 of 3 images .* make contrast fail.*RuntimeError: hated"
+    ):
+        _score(tmp_path, _contrast(hates=20))
+    _score(tmp_path, _contrast(hates=20), "max_broken_share=0.5")
+    assert "1 missing: the scorer failed: RuntimeError: hated" in capsys.readouterr().out
+    judged.clear()
+    _score(tmp_path, _contrast())
+    assert len(judged) == 1
+    assert _values(tmp_path, "contrast") == [-30, -15, 45]
+
+
+def test_a_black_image_is_no_image(candidates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shard(candidates / "images-00003.parquet", [_row(_grey(0)[0], "p", 0)], CANDIDATES)
+    _score(candidates, _counting())
+    assert _values(candidates, "counting")[-1] is None
+    assert "1 missing: black all over" in capsys.readouterr().out

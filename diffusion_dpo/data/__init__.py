@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffusion_dpo.config import Plugin
 
@@ -25,7 +26,13 @@ class PreferencePair:
     rejected_uid: str = ""
     chosen_scores: dict[str, float] = field(default_factory=dict)
     rejected_scores: dict[str, float] = field(default_factory=dict)
+    chosen_origin: dict[str, Any] = field(default_factory=dict)
+    rejected_origin: dict[str, Any] = field(default_factory=dict)
+    """How the images came about, as far as somebody said: `model`, `sampler`, `guidance_scale`, `position`, ..."""
     margin: float | None = None
+    """By how much chosen is better, in the unit of what decided."""
+    margin_norm: float | None = None
+    """The same in units of the spread that such margins have within a prompt."""
     strategy: str = ""
     source: str = ""
     where: str = field(default="", compare=False)

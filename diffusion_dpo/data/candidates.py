@@ -34,6 +34,8 @@ class Candidate:
     seed: int | None = None
     data: bytes = b""
     references: tuple[bytes, ...] = ()
+    origin: str = ""
+    """JSON object on how the image came about: its model, sampler, guidance, position; empty where nobody said."""
     broken: str = ""
 
     @cached_property
@@ -96,7 +98,7 @@ def _unit_name(relative: Path) -> str:
 
 def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
     present = column_names(file)
-    ours = set(present) >= set(CANDIDATES.names)
+    ours = set(present) >= set(CANDIDATES.names) - {"origin"}
     wanted = ["image", *(name for name in CANDIDATES.names if name in present and name != "image")]
     columns = [name for name in wanted if images or not ours or name != "image"]
     for where, row in located_rows(file, columns):
@@ -111,6 +113,7 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             seed=row.get("seed"),
             data=data,
             references=tuple(_image(reference)[0] for reference in row.get("references") or ()),
+            origin=row.get("origin") or "",
             broken=broken,
         )
 

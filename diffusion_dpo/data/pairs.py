@@ -19,7 +19,10 @@ _OPTIONAL = (
     "rejected_uid",
     "chosen_scores",
     "rejected_scores",
+    "chosen_origin",
+    "rejected_origin",
     "margin",
+    "margin_norm",
     "label_prob",
     "strategy",
     "source",
@@ -84,7 +87,10 @@ def pair_row(pair: PreferencePair, *, seeds: Sequence[int] = ()) -> dict[str, An
         "rejected_uid": pair.rejected_uid,
         "chosen_scores": json.dumps(pair.chosen_scores, sort_keys=True, allow_nan=False),
         "rejected_scores": json.dumps(pair.rejected_scores, sort_keys=True, allow_nan=False),
+        "chosen_origin": json.dumps(pair.chosen_origin, sort_keys=True),
+        "rejected_origin": json.dumps(pair.rejected_origin, sort_keys=True),
         "margin": pair.margin,
+        "margin_norm": pair.margin_norm,
         "label_prob": pair.label_prob,
         "strategy": pair.strategy,
         "seeds": list(seeds),
@@ -98,13 +104,17 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
         label_prob = 1.0
     if not isinstance(label_prob, int | float) or not 0.5 <= label_prob <= 1:
         return Dropped(where, "label_prob is not between 0.5 and 1")
-    margin = row.get("margin")
-    if not isinstance(margin, int | float | None):
+    margin, margin_norm = row.get("margin"), row.get("margin_norm")
+    if not isinstance(margin, int | float | None) or not isinstance(margin_norm, int | float | None):
         return Dropped(where, "the margin is not a number")
     try:
         chosen_scores, rejected_scores = (_scores(row.get(f"{side}_scores")) for side in ("chosen", "rejected"))
     except ValueError:
         return Dropped(where, "the scores are not a JSON object of numbers")
+    try:
+        chosen_origin, rejected_origin = (_object(row.get(f"{side}_origin")) for side in ("chosen", "rejected"))
+    except ValueError:
+        return Dropped(where, "the origins are not a JSON object")
     pair = make_pair(
         where,
         row["prompt"],
@@ -122,14 +132,25 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
         rejected_uid=str(row.get("rejected_uid") or ""),
         chosen_scores=chosen_scores,
         rejected_scores=rejected_scores,
+        chosen_origin=chosen_origin,
+        rejected_origin=rejected_origin,
         margin=margin,
+        margin_norm=margin_norm,
         strategy=str(row.get("strategy") or ""),
     )
 
 
 def _scores(text: Any) -> dict[str, float]:
     """Read the scores of one image; raises ValueError."""
-    scores = json.loads(text) if isinstance(text, str) else text or {}
-    if not isinstance(scores, dict) or not all(isinstance(value, int | float) for value in scores.values()):
+    scores = _object(text)
+    if not all(isinstance(value, int | float) for value in scores.values()):
         raise ValueError(text)
     return scores
+
+
+def _object(text: Any) -> dict[str, Any]:
+    """Read a JSON object; raises ValueError."""
+    found = json.loads(text) if isinstance(text, str) and text else text or {}
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found

@@ -49,10 +49,11 @@ CANDIDATES = _schema(
         "seed": pa.int64(),
         "image": _IMAGE,
         "references": pa.list_(_IMAGE),
+        "origin": pa.string(),
         "settings_hash": pa.string(),
     }
 )
-"""candidates/<name>/images-*.parquet; `uid` is the pixel hash of the image."""
+"""candidates/<name>/images-*.parquet; `uid` is the pixel hash of the image, `origin` a JSON object on how it came."""
 
 SCORES = _schema(
     {
@@ -77,14 +78,17 @@ PAIRS = _schema(
         "rejected_uid": pa.string(),
         "chosen_scores": pa.string(),
         "rejected_scores": pa.string(),
+        "chosen_origin": pa.string(),
+        "rejected_origin": pa.string(),
         "margin": pa.float64(),
+        "margin_norm": pa.float64(),
         "label_prob": pa.float64(),
         "strategy": pa.string(),
         "seeds": pa.list_(pa.int64()),
         "source": pa.string(),
     }
 )
-"""pairs/<name>/pairs-*.parquet; the scores are JSON objects, metric to value."""
+"""pairs/<name>/pairs-*.parquet; the scores and origins are JSON objects."""
 
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:

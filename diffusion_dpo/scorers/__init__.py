@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+Need = Literal["prompt", "reference", "rivals"]
+"""What a request must have beside its image: a text, reference images, or the other images of the same prompt."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -27,11 +30,16 @@ class Metric:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One image to judge: RGB, with its prompt and, where the scorer compares, its reference images (RGB)."""
+    """One image to judge: RGB, with its prompt and, where the scorer compares, its reference images (RGB).
+
+    `rivals` are the other images of its prompt, without repeats, in an order that depends on them alone; empty unless
+    the scorer needs them, and then still for the only image of a prompt: NaN with a reason.
+    """
 
     image: "Image.Image"
     prompt: str = ""
     references: tuple["Image.Image", ...] = ()
+    rivals: tuple["Image.Image", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,15 @@ class Scorer(Plugin):
 
     licence: ClassVar[str]
     """Licence of the weights that this scorer uses, and what it forbids."""
+    source: ClassVar[str] = ""
+    """Where its numbers come from: a paper with its arXiv id, a package, or a formula's name."""
+    weights: ClassVar[str] = "none"
+    """The files that it needs, in a few words."""
+    extra: ClassVar[str] = ""
+    """The install extra that brings its libraries; empty where the package itself does."""
 
     @property
-    def needs(self) -> frozenset[Literal["prompt", "reference"]]:
+    def needs(self) -> frozenset[Need]:
         """What every request must have beside its image; it may depend on the settings."""
         return frozenset()
 

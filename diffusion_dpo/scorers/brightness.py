@@ -11,6 +11,7 @@ class Brightness(Scorer):
     """Mean luma of the image (ITU-R BT.601), 0 black to 1 white."""
 
     licence = "none needed: a formula"
+    source = "ITU-R BT.601"
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

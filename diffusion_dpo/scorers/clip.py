@@ -13,8 +13,9 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import warn
-from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
-from diffusion_dpo.scorers.clip_weights import content_hash, is_self_contained, locate, open_clip_name
+from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
+from diffusion_dpo.scorers.clip_weights import is_self_contained, locate, open_clip_name
+from diffusion_dpo.scorers.weights import content_hash
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,8 @@ class Clip(Scorer):
     """Cosine of CLIP embeddings: of image and prompt (`clip_text`), or of image and references (`clip_image`)."""
 
     licence = "that of the weights: MIT for most of OpenAI's and LAION's; the pocket CLIP has this package's"
+    source = "Radford et al. 2021, arXiv 2103.00020"
+    weights = "an open_clip model: the pocket CLIP (in the package), a folder, a hub id, or a tag"
 
     model: str = "pocket"
     """`pocket` (comes with the package), `local-dir:/path` (open_clip_config.json beside weights), `hf-hub:org/name`,
@@ -56,7 +59,7 @@ class Clip(Scorer):
         return self
 
     @property
-    def needs(self) -> frozenset[Literal["prompt", "reference"]]:
+    def needs(self) -> frozenset[Need]:
         """The prompt or the references, by `mode`."""
         return frozenset({"prompt"}) if self.mode == "text" else frozenset({"reference"})
 

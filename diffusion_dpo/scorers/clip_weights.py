@@ -1,7 +1,6 @@
 """Where the files of a CLIP are: in the package, in a folder, on the hub, behind an open_clip tag; or who has them."""
 
 import difflib
-import hashlib
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
@@ -41,15 +40,6 @@ def locate(model: str, pretrained: str | None) -> list[Path]:
         return [_hub_file(model.removeprefix(HUB))]
     assert pretrained is not None, "an architecture name comes with pretrained"
     return [_pretrained_file(model, pretrained)]
-
-
-def content_hash(files: list[Path]) -> str:
-    """Return a hash of names and bytes, the same wherever and whenever the files were written."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
 
 
 def _files_in(folder: Path) -> list[Path]:

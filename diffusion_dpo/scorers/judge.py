@@ -5,7 +5,12 @@ A scorer is then a few lines of arithmetic, and a wrong scorer is found at its f
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -16,9 +21,11 @@ from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
 _RANGE_TOLERANCE = 1e-4
 """How far, relative to the width of the range, rounding may carry a value out of it."""
 _METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*")
+FAILED = "the scorer failed: "
+"""How the reason begins where a scorer raised; such images are judged again by the next run."""
 
 
-class ScorerContractError(AssertionError):
+class ScorerContractError(ConfigError):
     """A scorer broke its contract: the message names the scorer, the metric and what is wrong with it."""
 
 
@@ -43,9 +50,11 @@ def judge(
 class Judge:
     """A loaded scorer at work; it remembers, from call to call, the batch size that fits in memory."""
 
-    def __init__(self, scorer: Scorer, *, batch_size: int) -> None:
+    def __init__(self, scorer: Scorer, *, batch_size: int, timeout_seconds: float | None = None) -> None:
         self.scorer = scorer
         self.batch_size = batch_size
+        self.timeout_seconds = timeout_seconds
+        self._has_answered = False
 
     def score(
         self, requests: Sequence[ScoreRequest], *, advance: Callable[[int], None] = lambda count: None
@@ -71,31 +80,98 @@ class Judge:
             batch = requests[start : start + self.batch_size]
             scores = self._try(batch)
             if scores is not None:
-                parts.append(_checked(self.scorer, scores, len(batch)))
+                parts.append(scores)
                 start += len(batch)
                 advance(len(batch))
-        values = {
-            metric.name: np.concatenate([np.empty(0), *(part.values[metric.name] for part in parts)])
-            for metric in self.scorer.metrics
-        }
-        return Scores(values, tuple(reason for part in parts for reason in part.reasons))
+        return _joined(self.scorer, parts)
 
     def _try(self, batch: Sequence[ScoreRequest]) -> Scores | None:
-        """Return the scores of a batch, or None after halving the batch size because memory ran out."""
+        """Return the checked scores of a batch, or None after halving the batch size because memory ran out."""
         import torch
 
         try:
-            return self.scorer.score(batch)
+            return self._ask(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise ConfigError(
                     f"the scorer {self.scorer.type} needs more memory than the device has, even for one image; "
                     "set device=cpu"
                 ) from None
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a scorer is anybody's code, and one odd image must not end the run
+            return self._spare_the_others(batch, error)
         torch.cuda.empty_cache()
         self.batch_size = len(batch) // 2
         warn(f"out of memory with {len(batch)} images at once; going on with batch_size={self.batch_size}")
         return None
+
+    def _ask(self, batch: Sequence[ScoreRequest]) -> Scores:
+        try:
+            with _deadline(self.timeout_seconds):
+                scores = self.scorer.score(batch)
+        except _Overdue:
+            raise ConfigError(
+                f"the scorer {self.scorer.type} gave no answer on {len(batch)} images within "
+                f"batch_timeout_seconds={self.timeout_seconds:g}; what was judged is kept. Is it stuck? If it is only "
+                "slow, raise that, or lower batch_size"
+            ) from None
+        self._has_answered = True
+        return _checked(self.scorer, scores, len(batch))
+
+    def _spare_the_others(self, batch: Sequence[ScoreRequest], error: Exception) -> Scores:
+        """Judge one by one the images of a batch on which a scorer raised; those that it raises on again are NaN.
+
+        Raises ConfigError where it is not the images: none of the batch can be judged.
+        """
+        if len(batch) == 1 and (self._has_answered or self.batch_size > 1):
+            return self._failure(error)
+        parts = [self._alone(request) for request in batch] if len(batch) > 1 else [self._failure(error)]
+        if all(part.reasons[0].startswith(FAILED) for part in parts):
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise ConfigError(
+                f"the scorer {self.scorer.type} fails on every image, at {Path(place.filename).name} line "
+                f"{place.lineno}: {_said(error)}"
+            ) from error
+        return _joined(self.scorer, parts)
+
+    def _alone(self, request: ScoreRequest) -> Scores:
+        try:
+            return self._ask([request])
+        except ConfigError:
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> Scores:
+        return Scores({metric.name: np.full(1, np.nan) for metric in self.scorer.metrics}, (FAILED + _said(error),))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class _Overdue(Exception):  # noqa: N818 - a scorer that catches errors must not take it for one of its own
+    """The time for a batch is over."""
+
+
+@contextmanager
+def _deadline(seconds: float | None) -> Iterator[None]:
+    """Raise _Overdue within, once the seconds are over. Only a main thread can be interrupted, and only in Python."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise _Overdue
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def check_metrics(scorers: Sequence[Scorer]) -> None:
@@ -125,8 +201,9 @@ def warn_if_constant(metrics: Sequence[Metric], values: Mapping[str, np.ndarray]
 
 def _content(request: ScoreRequest) -> tuple[str, ...]:
     """Equal for requests with the same pixels, prompt and references."""
-    images = (request.image, *request.references)
-    return (request.prompt, *(f"{i.size} {hashlib.sha256(i.tobytes()).hexdigest()}" for i in images))
+    images = (request.image, *request.references, *request.rivals)
+    hashes = (f"{i.size} {hashlib.sha256(i.tobytes()).hexdigest()}" for i in images)
+    return (request.prompt, str(len(request.references)), *hashes)
 
 
 def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:
@@ -134,13 +211,21 @@ def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:
         "prompt": sum(not request.prompt.strip() for request in requests),
         "reference": sum(not request.references for request in requests),
     }
-    for need in sorted(scorer.needs):
+    for need in sorted(scorer.needs & lacking.keys()):
         if lacking[need]:
             column = {"prompt": "a `prompt`", "reference": "`references`"}[need]
             raise ConfigError(
                 f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {len(requests)} "
                 f"images have none; add {column} to the data, or leave this scorer out"
             )
+
+
+def _joined(scorer: Scorer, parts: Sequence[Scores]) -> Scores:
+    values = {
+        metric.name: np.concatenate([np.empty(0), *(part.values[metric.name] for part in parts)])
+        for metric in scorer.metrics
+    }
+    return Scores(values, tuple(reason for part in parts for reason in part.reasons))
 
 
 def _checked(scorer: Scorer, scores: Scores, count: int) -> Scores:

@@ -3,20 +3,20 @@
 import hashlib
 import inspect
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 
-from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
+from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 
 
 class PocketScene(Scorer):
     """Share of the caption's facts (count, background, relation, colours, shapes, sizes) that hold in the image."""
 
     licence = "none needed: a program without weights"
+    source = "docs/pocket.md"
 
     @property
-    def needs(self) -> frozenset[Literal["prompt", "reference"]]:
+    def needs(self) -> frozenset[Need]:
         """The caption."""
         return frozenset({"prompt"})
 

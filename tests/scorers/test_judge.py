@@ -1,5 +1,7 @@
 """The framework around a scorer: it believes nothing, and survives a full device."""
 
+import signal
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -10,7 +12,7 @@ from pydantic import PrivateAttr
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
-from diffusion_dpo.scorers.judge import Judge, ScorerContractError, check_metrics, judge
+from diffusion_dpo.scorers.judge import FAILED, Judge, ScorerContractError, check_metrics, judge
 
 REQUESTS = [ScoreRequest(Image.new("RGB", (32, 32), (i, i, i))) for i in range(10)]
 
@@ -118,3 +120,39 @@ def test_metrics_must_be_distinct_and_fit_in_file_names() -> None:
         check_metrics([Gray(name="../x")])
     with pytest.raises(ConfigError, match="scorers is empty"):
         check_metrics([])
+
+
+class Moody(Gray):
+    """Raises on images as light as `bad`; sleeps on them instead if `slow`."""
+
+    bad: tuple[int, ...] = ()
+    slow: bool = False
+
+    def score(self, batch: Sequence[ScoreRequest]) -> Scores:
+        if any(request.image.getpixel((0, 0))[0] in self.bad for request in batch):
+            if self.slow:
+                time.sleep(5)
+            raise KeyError("no such\nface")
+        return super().score(batch)
+
+
+def test_one_odd_image_does_not_cost_the_others() -> None:
+    scores = judge(Moody(bad=(3, 9)), REQUESTS, batch_size=4)
+    assert np.isnan(scores.values["gray"]).nonzero()[0].tolist() == [3, 9]
+    assert scores.reasons[3] == f"{FAILED}KeyError: 'no such\\nface'"
+    assert not any(reason for i, reason in enumerate(scores.reasons) if i not in (3, 9))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_scorer_that_always_raises_is_one_sentence(batch_size: int) -> None:
+    with pytest.raises(ConfigError, match=r"moody fails on every image, at test_judge.py line \d+: KeyError"):
+        judge(Moody(type="moody", bad=tuple(range(10))), REQUESTS, batch_size=batch_size)
+
+
+def test_a_scorer_that_hangs_is_given_up() -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=r"gave no answer on 4 images within batch_timeout_seconds=0\.2"):
+        Judge(Moody(bad=(3,), slow=True), batch_size=4, timeout_seconds=0.2).score(REQUESTS)
+    assert time.monotonic() - began < 3
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

@@ -1,30 +1,43 @@
 """What every registered scorer promises, whatever it measures."""
 
-from pathlib import Path
+import io
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data.images import decode_rgb
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from diffusion_dpo.registry import TABLES, resolve
 from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.scorers.judge import Judge, check_metrics, judge
-
-VARIANTS = [(name, {}) for name in TABLES["scorers"] if name != "clip"] + [
-    ("clip", {"mode": "text"}),
-    ("clip", {"mode": "image"}),
-]
+from tests.scorers.tiny import NUM_VARIANTS, TINY, Settings
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join([variant[0], *variant[1].values()]))
-def scorer(request: pytest.FixtureRequest, clip_dir: Path) -> Scorer:
-    name, settings = request.param
-    if name == "clip":
-        settings = settings | {"model": f"local-dir:{clip_dir}"}
-    scorer = resolve("scorers", name)(type=name, **settings)
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Scorer]:
+    """Make the scorer of a name and a number among its variants; the weights of each name are made once."""
+    made: dict[str, list[Settings]] = {}
+
+    def make(name: str, number: int) -> Scorer:
+        if name not in made:
+            made[name] = TINY[name](tmp_path_factory.mktemp(name))
+        return resolve("scorers", name)(type=name, **made[name][number])
+
+    return make
+
+
+def _ids() -> list[tuple[str, int]]:
+    return [(name, number) for name in TABLES["scorers"] for number in range(NUM_VARIANTS.get(name, 1))]
+
+
+@pytest.fixture(params=_ids(), ids=lambda variant: f"{variant[0]}-{variant[1]}")
+def scorer(request: pytest.FixtureRequest, variants: Callable[[str, int], Scorer]) -> Scorer:
+    scorer = variants(*request.param)
     scorer.load(torch.device("cpu"))
     return scorer
 
@@ -36,7 +49,9 @@ def requests() -> list[ScoreRequest]:
     scenes = [scene for scene, _ in zip(distinct_scenes(0), range(8), strict=False)]
     images = [render(scene, rng) for scene in scenes]
     return [
-        ScoreRequest(image, scenes[(i + i % 2) % 8].caption, tuple(images[: 1 + i % 2]))
+        ScoreRequest(
+            image, scenes[(i + i % 2) % 8].caption, tuple(images[: 1 + i % 2]), tuple(images[:i] + images[i + 1 :])[:3]
+        )
         for i, image in enumerate(images)
     ]
 
@@ -72,32 +87,71 @@ def test_says_the_same_twice(scorer: Scorer, requests: list[ScoreRequest]) -> No
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 97), (200, 41)])
-def test_takes_rgb_of_any_size(scorer: Scorer, requests: list[ScoreRequest], size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16", "rotated"])
+def test_takes_images_of_any_size_and_mode(
+    scorer: Scorer, requests: list[ScoreRequest], size: tuple[int, int], mode: str
+) -> None:
     image = requests[0].image.resize(size)
-    gray = image.convert("L").convert("RGB")
-    scores = judge(scorer, [ScoreRequest(i, requests[0].prompt, (image,)) for i in (image, gray)], batch_size=2)
+    file = io.BytesIO()
+    if mode == "rotated":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        image.transpose(Image.Transpose.ROTATE_90).save(file, "JPEG", exif=exif, quality=95)
+    elif mode == "I;16":
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(file, "PNG")
+    else:
+        image.convert(mode).save(file, "TIFF")
+    found = decode_rgb(file.getvalue())
+    assert found.size == size
+    other = requests[2].image.resize(size)
+    scores = judge(scorer, [ScoreRequest(found, requests[0].prompt, (image,), (other,))], batch_size=2)
     assert np.isfinite(scores.values[scorer.metrics[0].name]).all()
 
 
 def test_refuses_what_it_lacks(scorer: Scorer, requests: list[ScoreRequest]) -> None:
-    bare = [requests[0], ScoreRequest(requests[1].image)]
-    if scorer.needs:
-        (need,) = scorer.needs
-        with pytest.raises(ConfigError, match=rf"{scorer.type} needs a {need} .* 1 of 2 images have none"):
-            judge(scorer, bare, batch_size=2)
-    else:
-        assert len(judge(scorer, bare, batch_size=2).reasons) == 2
+    whole = requests[0]
+    lacking = {"prompt": replace(whole, prompt=" "), "reference": replace(whole, references=())}
+    for need, bare in lacking.items():
+        if need in scorer.needs:
+            with pytest.raises(ConfigError, match=rf"{scorer.type} needs a {need} .* 1 of 2 images have none"):
+                judge(scorer, [whole, bare], batch_size=2)
+        else:
+            assert len(judge(scorer, [whole, bare], batch_size=2).reasons) == 2
+
+
+def test_the_only_image_of_a_prompt_is_not_compared(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    if "rivals" in scorer.needs:
+        scores = judge(scorer, [replace(requests[0], rivals=()), requests[1]], batch_size=2)
+        main = scores.values[scorer.metrics[0].name]
+        assert np.isnan(main).tolist() == [True, False]
+        assert scores.reasons[0]
+
+
+def test_nothing_is_more_like_a_reference_than_itself(scorer: Scorer, requests: list[ScoreRequest]) -> None:
+    if "reference" in scorer.needs:
+        against = [replace(request, references=(requests[0].image,)) for request in requests]
+        metric = scorer.metrics[0]
+        values = judge(scorer, against, batch_size=8).values[metric.name] * (1 if metric.higher_is_better else -1)
+        assert values[0] >= np.nanmax(values) - 1e-6
+        assert values[0] > np.nanmin(values)
 
 
 def test_equal_requests_tie_exactly(scorer: Scorer, requests: list[ScoreRequest]) -> None:
-    again = [ScoreRequest(r.image.copy(), r.prompt, tuple(i.copy() for i in r.references)) for r in requests]
+    again = [
+        ScoreRequest(
+            r.image.copy(), r.prompt, tuple(i.copy() for i in r.references), tuple(i.copy() for i in r.rivals)
+        )
+        for r in requests
+    ]
     scores = Judge(scorer, batch_size=3).score([*requests, *again])
     for values in scores.values.values():
         np.testing.assert_array_equal(values[:8], values[8:])
 
 
-def test_states_its_licence_and_direction(scorer: Scorer) -> None:
+def test_states_its_licence_source_and_direction(scorer: Scorer) -> None:
     assert scorer.licence
+    assert scorer.source
+    assert scorer.weights
     assert not scorer.metrics[0].auxiliary, "the first metric is the main one"
     check_metrics([scorer])
 

@@ -1,0 +1,138 @@
+"""Where a judge's weights are: a file, a folder, or the hub; and how they are read: never by running what they say."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a scorer needs, for finding it and for saying, in one sentence, what is missing and where to get it."""
+
+    scorer: str
+    pretrained: str
+    """A local file or folder, or the id of a model on the Hugging Face hub."""
+    revision: str | None
+    """Branch, tag or commit on the hub; None takes the newest and says which one it is."""
+    page: str
+    """Where people download it."""
+    licence: str
+
+    def file(self, name: str) -> Path:
+        """Return the file `pretrained`, or that of the name in its folder or on the hub; raises ConfigError."""
+        local = Path(self.pretrained)
+        if local.is_file():
+            return local
+        if local.is_dir():
+            if not (local / name).is_file():
+                raise self.missing(f"{local} lacks {name}", local)
+            return local / name
+        return self._download(name)
+
+    def folder(self) -> Path:
+        """Return the local folder of a model of transformers, downloading it if need be; raises ConfigError."""
+        local = Path(self.pretrained)
+        if local.is_file():
+            raise ConfigError(f"scorer {self.scorer}: pretrained={local} is a file; give the folder that holds it")
+        if not local.is_dir():
+            config = self._download("config.json")
+            try:
+                self._download("model.safetensors")
+            except ConfigError:  # an older model, or one in several files
+                self._download_all()
+            else:
+                self._download_all(weights=False)
+            return config.parent
+        if not (local / "config.json").is_file():
+            raise self.missing(f"{local} lacks config.json", local)
+        if not any([*local.glob("*.safetensors"), *local.glob("*.bin")]):
+            raise self.missing(f"{local} has config.json but no model.safetensors", local)
+        return local
+
+    def missing(self, what: str, folder: Path | str) -> ConfigError:
+        """Return the error that says what is missing, where it is, where it goes, and under which licence."""
+        return ConfigError(
+            f"scorer {self.scorer}: {what}; download it from {self.page} into {folder} (licence: {self.licence})"
+        )
+
+    def _download(self, name: str) -> Path:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        try:
+            path = Path(hub.hf_hub_download(self.pretrained, name, revision=self.revision))
+        except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+            raise self._unreachable(name, error) from error
+        if self.revision is None:
+            say(f"scorer {self.scorer}: {self.pretrained} is not pinned; now at revision={_revision_of(path)}")
+        return path
+
+    def _download_all(self, *, weights: bool = True) -> None:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        patterns = [*_MODEL_FILES, "pytorch_model*.bin"] if weights else [p for p in _MODEL_FILES if "safe" not in p]
+        try:
+            hub.snapshot_download(self.pretrained, revision=self.revision, allow_patterns=patterns)
+        except (OSError, errors.HTTPError, errors.HFValidationError) as error:
+            raise self._unreachable("its files", error) from error
+
+    def _unreachable(self, name: str, error: Exception) -> ConfigError:
+        return self.missing(
+            f"there is no file or folder {self.pretrained}, and {name} of that name cannot be had from the hub "
+            f"({type(error).__name__})",
+            "a folder, and set pretrained to it",
+        )
+
+
+def content_hash(files: Sequence[Path]) -> str:
+    """Return a hash of names and bytes, the same wherever and whenever the files were written."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the files that decide what a model folder computes: weights, configuration, vocabulary."""
+    suffixes = (".safetensors", ".bin", ".pth", ".json", ".txt", ".model")
+    return sorted(file for file in folder.iterdir() if file.suffix in suffixes and not file.name.startswith("."))
+
+
+def load_tensors(file: Path, scorer: str) -> "dict[str, Tensor]":
+    """Read safetensors, or a PyTorch file as plain tensors; raises ConfigError for anything that would be executed."""
+    from pickle import UnpicklingError
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, SafetensorError, UnpicklingError) as error:
+        raise ConfigError(
+            f"scorer {scorer}: cannot read the weights {file}: {' '.join(str(error).split())[:200]}; download it again"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ConfigError(f"scorer {scorer}: {file} holds something other than named tensors; is it the right file?")
+    return state
+
+
+def _revision_of(path: Path) -> str:
+    """The commit that a file of the hub's cache belongs to: the folder below `snapshots`."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
