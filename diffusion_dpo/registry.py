@@ -1,4 +1,4 @@
-"""The four tables of plug-ins: a short name to an import string. The only place where a registration line goes."""
+"""The five tables of plug-ins: a short name to an import string. The only place where a registration line goes."""
 
 import difflib
 import importlib
@@ -32,6 +32,16 @@ TABLES: dict[str, dict[str, str]] = {
         "capo": "diffusion_dpo.losses.capo:CaPO",
         "rank_dpo": "diffusion_dpo.losses.rank_dpo:RankDPO",
         "plackett_luce": "diffusion_dpo.losses.plackett_luce:PlackettLuce",
+    },
+    "strategies": {
+        "best_worst": "diffusion_dpo.strategies.best_worst:BestWorst",
+        "top_bottom": "diffusion_dpo.strategies.top_bottom:TopBottom",
+        "all_pairs": "diffusion_dpo.strategies.all_pairs:AllPairs",
+        "pareto": "diffusion_dpo.strategies.pareto:Pareto",
+        "majority": "diffusion_dpo.strategies.majority:Majority",
+        "weighted": "diffusion_dpo.strategies.weighted:Weighted",
+        "gate": "diffusion_dpo.strategies.gate:Gate",
+        "real_vs_generated": "diffusion_dpo.strategies.real_vs_generated:RealVsGenerated",
     },
     "scorers": {
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",

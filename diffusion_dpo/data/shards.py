@@ -135,6 +135,17 @@ def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[t
                 index += 1
 
 
+def read_columns(file: Path, columns: Sequence[str]) -> list[list[Any]]:
+    """Return whole columns of a file without images, each as a list; raises ConfigError as `read_rows` does."""
+    with _open(file) as parquet:
+        _require(file, columns, parquet.schema_arrow.names)
+        try:
+            table = parquet.read(columns=list(columns), use_threads=False)
+            return [table.column(name).to_pylist() for name in columns]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _damaged(file, error) from error
+
+
 def parquet_files(path: Path, pattern: str = "*.parquet") -> list[Path]:
     """Return `path` itself, or the matching files below it, sorted; hidden files and folders are passed over.
 
