@@ -67,10 +67,8 @@ def run(config: PairConfig) -> Path:
     num_pairs = sum(len(pairs) for pairs in plan.values())
     say(f"{num_pairs} pairs of {len(plan)} prompts; dropped: {dropped}")
     say("\n".join(f"pairs: {folder}" for folder in parts))
-    say(
-        f"next: {command('train', {'data.path': config.output_dir})}, or look at them first: "
-        f"{command('inspect', {'path': config.output_dir})}"
-    )
+    say(f"look: {command('inspect', {'path': config.output_dir})}")
+    say(f"next: {command('train', {'data.path': config.output_dir})}")
     return config.output_dir
 
 
