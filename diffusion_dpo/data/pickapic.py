@@ -9,13 +9,13 @@ from diffusion_dpo.data.rows import Ties, make_labelled_pair
 from diffusion_dpo.data.stamps import stamp_of
 
 _REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
-_OPTIONAL = ("has_label", "label_1")
+_OPTIONAL = ("has_label", "label_1", "model_0", "model_1")
 
 
 class PickapicData(PairSource):
     """Parquet with `jpg_0`, `jpg_1` (encoded images), `label_0` (1: the first is better, 0.5: a tie) and `caption`.
 
-    Where there are `has_label` and `label_1`, they are heeded.
+    Where there are `has_label`, `label_1`, `model_0` and `model_1`, they are heeded.
     """
 
     path: Path
@@ -39,7 +39,10 @@ class PickapicData(PairSource):
         label, images = row["label_0"], (row["jpg_0"], row["jpg_1"])
         if "label_1" in row and label is not None and not _complement(label, row["label_1"]):
             return Dropped(where, "label_0 and label_1 do not add up to 1")
-        return make_labelled_pair(where, row["caption"], images, label, ties=self.ties, source="pickapic")
+        models = (row.get("model_0"), row.get("model_1"))
+        return make_labelled_pair(
+            where, row["caption"], images, label, ties=self.ties, source="pickapic", models=models
+        )
 
     def num_rows(self) -> int:
         """Return the number of rows, from the files' footers."""
