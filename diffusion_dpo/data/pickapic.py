@@ -1,11 +1,12 @@
 """Rows with the columns of Pick-a-Pic (Kirstain et al., arXiv 2305.01569): two images and a human's choice."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.rows import Ties, make_labelled_pair
+from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
 from diffusion_dpo.data.stamps import stamp_of
 
 _REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
@@ -55,6 +56,34 @@ class PickapicData(PairSource):
         from diffusion_dpo.data import shards
 
         return stamp_of(shards.parquet_files(self.path))
+
+
+def pickapic_row(pair: PreferencePair, *, seed: int, soft_labels: bool, num_pairs_of_prompt: int) -> dict[str, Any]:
+    """Return a pair as a row of `shards.PICKAPIC`.
+
+    Which side is image 0 is drawn from the seed and what is in the pair, never taken from where the image was before: who trains or
+    judges by side must learn nothing. Without `soft_labels` the label is 1 or 0 whatever its probability; a tie is 0.5
+    in any case.
+    """
+    identity = pair_id(pair.prompt, pair.chosen, pair.rejected)
+    chosen = hashlib.sha256(f"{seed} {identity}".encode()).digest()[0] & 1
+    certain = pair.label_prob if soft_labels or pair.label_prob == 0.5 else 1.0
+    row: dict[str, Any] = {
+        "are_different": True,
+        "best_image_uid": "tie" if pair.label_prob == 0.5 else pair.chosen_uid,
+        "caption": pair.prompt,
+        "has_label": True,
+        "num_example_per_prompt": num_pairs_of_prompt,
+        "ranking_id": int(identity[:15], 16),
+    }
+    sides = (
+        (pair.chosen, pair.chosen_uid, pair.chosen_origin),
+        (pair.rejected, pair.rejected_uid, pair.rejected_origin),
+    )
+    for side, label, (image, uid, origin) in zip((chosen, 1 - chosen), (certain, 1 - certain), sides, strict=True):
+        model = str(origin.get("model") or "").encode(errors="replace").decode()
+        row |= {f"jpg_{side}": image, f"image_{side}_uid": uid, f"label_{side}": label, f"model_{side}": model}
+    return row
 
 
 def _complement(label: Any, other: Any) -> bool:
