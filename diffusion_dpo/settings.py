@@ -368,7 +368,7 @@ class ExportConfig(Config):
     """The preference pairs."""
     soft_labels: bool = False
     """pickapic: write label probabilities as label_0 and label_1, which most trainers refuse or skip; false writes
-    1 and 0, for a pair of which people were 60 % sure as well."""
+    1 and 0 whatever the probability."""
     seed: int = Field(0, ge=0, lt=2**63)
     """pickapic: decides, with the pair's id, which of its images is image 0."""
     shard_size: int = Field(256, ge=1)

@@ -20,8 +20,8 @@ class HPDv3Data(RecordData):
     """
 
     soft_labels: bool = False
-    """Take `confidence`, from 0.5 to 1, as the probability that the first image is better. Off, because what HPDv3
-    measured there is not the share of votes."""
+    """Take `confidence`, from 0.5 to 1, as the probability that the first image is better. Off, because nobody said
+    that HPDv3's own is one, and it is null in parts of the data."""
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row."""

@@ -61,8 +61,8 @@ class PickapicData(PairSource):
 def pickapic_row(pair: PreferencePair, *, seed: int, soft_labels: bool, num_pairs_of_prompt: int) -> dict[str, Any]:
     """Return a pair as a row of `shards.PICKAPIC`.
 
-    Which side is image 0 is drawn from the seed and what is in the pair, never taken from where the image was before: who trains or
-    judges by side must learn nothing. Without `soft_labels` the label is 1 or 0 whatever its probability; a tie is 0.5
+    Which side is image 0 is drawn from the seed and the content, never taken from where the image was before: what
+    looks at sides must learn nothing. Without `soft_labels` the label is 1 or 0 whatever its probability; a tie is 0.5
     in any case.
     """
     identity = pair_id(pair.prompt, pair.chosen, pair.rejected)

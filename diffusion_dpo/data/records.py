@@ -129,6 +129,8 @@ def _items(read: Callable[[int], str]) -> Iterator[Any]:
     """
     decoder = json.JSONDecoder()
     text, size = read(_PART), _PART
+    while text.isspace():
+        text = read(_PART)
     start = _space(text, 0)  # of the bracket or comma before an item
     while True:
         try:
