@@ -34,7 +34,7 @@ def write_tar(path: Path, pairs: Iterable[PreferencePair]) -> None:
                 if data:
                     _add(tar, f"{key}.{side}.{_suffix(data)}", data)
             facts = _plain({name: getattr(pair, name) for name in _FACTS})
-            _add(tar, f"{key}.json", json.dumps(facts, sort_keys=True, allow_nan=False).encode())
+            _add(tar, f"{key}.json", json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -50,9 +50,11 @@ def _suffix(data: bytes) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value with null in place of the numbers that JSON cannot hold."""
+    """Return a value with null for the numbers that JSON cannot hold, and ? for what is not valid Unicode."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {_plain(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return value.encode(errors="replace").decode()
     return None if isinstance(value, float) and not is_number(value) else value
