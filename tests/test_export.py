@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,10 @@ import pytest
 from diffusion_dpo import export
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, load
-from diffusion_dpo.data import PreferencePair
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.pickapic import PickapicData, pickapic_row
-from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.rows import make_labelled_image, make_pair
 from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
 from diffusion_dpo.settings import ExportConfig
 from tests.photos import encode, folder_hash, jpeg, photo
@@ -250,6 +251,27 @@ def test_a_killed_run_is_finished_to_the_same_bytes(data: Path, format_: str) ->
     assert main(arguments) == 0
     assert folder_hash(folder) == whole
     assert all(it.stat().st_mtime_ns == then for it, then in made.items()), "what was whole is not written again"
+
+
+class Mixed(PairSource):
+    """Pairs of somebody's own plug-in, with ids of its own, and an image that was judged by itself among them."""
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        yield replace(PAIRS_OF_ALL_KINDS[0], pair_id="a.b/ü")
+        single = make_labelled_image("single", "a cat", jpeg(3), True, source="test")
+        assert isinstance(single, PreferencePair)
+        yield single
+        yield replace(PAIRS_OF_ALL_KINDS[1], pair_id="../c")
+
+
+def test_pairs_of_a_plug_in_beside_single_images(tmp_path: Path) -> None:
+    folder = export.run(ExportConfig(data=Mixed(), output_dir=tmp_path / "out"))
+    assert [it.pair_id for it in read_back(folder)] == [it.pair_id for it in PAIRS_OF_ALL_KINDS[:2]]
+    assert [row["num_example_per_prompt"] for row in read_rows(folder / "data")] == [2, 2]
+    assert json.loads((folder / "manifest.json").read_text())["drops"] == {export.SINGLE: 1}
+    folder = export.run(ExportConfig(data=Mixed(), output_dir=tmp_path / "tar", format="webdataset"))
+    with tarfile.open(folder / "pairs-000000.tar") as tar:
+        assert {name.partition(".")[0] for name in tar.getnames()} == {it.pair_id for it in PAIRS_OF_ALL_KINDS[:2]}
 
 
 def test_there_is_nothing_to_export_of_single_images(tmp_path: Path) -> None:
