@@ -12,6 +12,10 @@ TABLES: dict[str, dict[str, str]] = {
         "folder": "diffusion_dpo.data.folder:FolderData",
         "hub": "diffusion_dpo.data.hub:HubData",
         "labelled": "diffusion_dpo.data.labelled:LabelledData",
+        "hpdv3": "diffusion_dpo.data.hpdv3:HPDv3Data",
+        "ranked": "diffusion_dpo.data.ranked:RankedData",
+        "two_folders": "diffusion_dpo.data.two_folders:TwoFoldersData",
+        "invoke": "diffusion_dpo.data.invoke:InvokeData",
     },
     "models": {
         "stable_diffusion": "diffusion_dpo.models.stable_diffusion:StableDiffusion",

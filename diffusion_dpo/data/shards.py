@@ -90,6 +90,26 @@ PAIRS = _schema(
 )
 """pairs/<name>/pairs-*.parquet; the scores and origins are JSON objects."""
 
+PICKAPIC = _schema(
+    {
+        "are_different": pa.bool_(),
+        "best_image_uid": pa.string(),
+        "caption": pa.string(),
+        "has_label": pa.bool_(),
+        "image_0_uid": pa.string(),
+        "image_1_uid": pa.string(),
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": pa.float64(),
+        "label_1": pa.float64(),
+        "model_0": pa.string(),
+        "model_1": pa.string(),
+        "num_example_per_prompt": pa.int64(),
+        "ranking_id": pa.int64(),
+    }
+)
+"""What `export` writes for other trainers: the columns of Pick-a-Pic that can be known, the images as bytes."""
+
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows with exactly the schema's columns, the whole file or none of it."""
