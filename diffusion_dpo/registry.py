@@ -36,6 +36,7 @@ TABLES: dict[str, dict[str, str]] = {
     "scorers": {
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "clip_image": "diffusion_dpo.scorers.clip_image:ClipImage",
         "colorfulness": "diffusion_dpo.scorers.colorfulness:Colorfulness",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
         "saturation": "diffusion_dpo.scorers.saturation:Saturation",

@@ -13,18 +13,18 @@ Settings = dict[str, Any]
 
 
 def _clip(folder: Path) -> list[Settings]:
-    model = f"local-dir:{make_clip(folder)}"
-    return [{"model": model, "mode": "text"}, {"model": model, "mode": "image"}]
+    return [{"model": f"local-dir:{make_clip(folder)}"}]
 
 
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "brightness": lambda folder: [{}],
     "clip": _clip,
+    "clip_image": _clip,
     "colorfulness": lambda folder: [{}],
     "pocket_scene": lambda folder: [{}],
     "saturation": lambda folder: [{}],
     "sharpness": lambda folder: [{}],
 }
 
-NUM_VARIANTS = {"clip": 2}
+NUM_VARIANTS: dict[str, int] = {}
 """How many variants a factory returns, where it is not one."""
