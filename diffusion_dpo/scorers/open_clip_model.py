@@ -63,7 +63,10 @@ def load_open_clip(
             name, pretrained, device=device, image_resize_mode=resize_mode
         )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, RuntimeError, ValueError, LookupError, SafetensorError, UnpicklingError) as error:
+    except (
+        *(OSError, RuntimeError, ValueError, LookupError, SafetensorError, UnpicklingError),
+        AssertionError,  # open_clip's own, for weights of another architecture
+    ) as error:
         raise ConfigError(
             f"scorer {scorer} cannot load {pretrained or name}: {' '.join(str(error).split())[:300]}"
         ) from error
