@@ -48,9 +48,19 @@ TABLES: dict[str, dict[str, str]] = {
         "real_vs_generated": "diffusion_dpo.strategies.real_vs_generated:RealVsGenerated",
     },
     "scorers": {
+        "aesthetic": "diffusion_dpo.scorers.aesthetic:Aesthetic",
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "clip_image": "diffusion_dpo.scorers.clip_image:ClipImage",
+        "colorfulness": "diffusion_dpo.scorers.colorfulness:Colorfulness",
+        "dino": "diffusion_dpo.scorers.dino:Dino",
+        "diversity": "diffusion_dpo.scorers.diversity:Diversity",
+        "hps": "diffusion_dpo.scorers.hps:Hps",
+        "lpips": "diffusion_dpo.scorers.lpips:Lpips",
+        "pickscore": "diffusion_dpo.scorers.pickscore:PickScore",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
+        "saturation": "diffusion_dpo.scorers.saturation:Saturation",
+        "sharpness": "diffusion_dpo.scorers.sharpness:Sharpness",
     },
 }
 
