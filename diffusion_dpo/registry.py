@@ -36,6 +36,8 @@ TABLES: dict[str, dict[str, str]] = {
     "scorers": {
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "http": "diffusion_dpo.scorers.http:Http",
+        "judge": "diffusion_dpo.scorers.vlm_judge:VlmJudge",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
     },
 }
