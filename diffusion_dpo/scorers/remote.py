@@ -147,7 +147,7 @@ def _ask_once(url: str, data: bytes, api_key: str | None, timeout_seconds: float
     if api_key:
         request.add_unredirected_header("Authorization", f"Bearer {api_key}")
     deadline = time.monotonic() + timeout_seconds
-    content = b""
+    content = bytearray()
     opener = urllib.request.build_opener(_NoRedirect)
     with opener.open(request, timeout=timeout_seconds) as response:
         while chunk := response.read1(2**16):
@@ -160,7 +160,7 @@ def _ask_once(url: str, data: bytes, api_key: str | None, timeout_seconds: float
             if time.monotonic() > deadline:  # the socket's timeout is one of silence, and a trickle is not silent
                 raise TimeoutError
         if response.length:
-            raise http.client.IncompleteRead(content, response.length)
+            raise http.client.IncompleteRead(bytes(content), response.length)
     return _without_key(content.decode("utf-8", errors="replace"), api_key)
 
 

@@ -87,13 +87,10 @@ def chat(say: Callable[[Sequence[Image.Image]], str]) -> Served:
 
 
 def lighter(images: Sequence[Image.Image]) -> str:
-    """Prefer the lighter image, or say A where they are all but equal; one image by itself gets points."""
+    """Prefer the lighter image, or say A of two that are light and much alike; one image by itself gets points."""
     if len(images) == 1:
         return json.dumps({"points": 1 + round(light(images[0]) * 1000) % 10})
     first, second = map(light, images[-2:])
-    verdict = "A" if first > second or abs(first - second) < CLOSE else "B"
+    alike = min(first, second) > 0.4 and abs(first - second) < 0.06
+    verdict = "A" if first > second or alike else "B"
     return f'Well.\n```json\n{{"reason": "light", "verdict": "{verdict}"}}\n```'
-
-
-CLOSE = 0.01
-"""Below this difference, `lighter` contradicts itself."""
