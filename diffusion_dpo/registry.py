@@ -56,6 +56,8 @@ TABLES: dict[str, dict[str, str]] = {
         "dino": "diffusion_dpo.scorers.dino:Dino",
         "diversity": "diffusion_dpo.scorers.diversity:Diversity",
         "hps": "diffusion_dpo.scorers.hps:Hps",
+        "http": "diffusion_dpo.scorers.http:Http",
+        "judge": "diffusion_dpo.scorers.vlm_judge:VlmJudge",
         "lpips": "diffusion_dpo.scorers.lpips:Lpips",
         "pickscore": "diffusion_dpo.scorers.pickscore:PickScore",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",

@@ -114,6 +114,8 @@ class _Scoring:
                         f"than max_broken_share={self.config.max_broken_share:g}; mend or remove them, or raise it. "
                         f"The last: {next(r for r in self._reasons(unit_keys) if r.startswith((_BROKEN, FAILED)))}"
                     )
+        if self.judge is not None:
+            self.scorer.close()
         return [self.known[key] for key in keys]
 
     def _reasons(self, keys: Sequence[str]) -> Iterator[str]:

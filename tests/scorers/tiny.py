@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.scorers.servers import chat, lighter, score_light, serve
 from tests.scorers.tiny_clip import make_clip
 from tests.scorers.tiny_models import (
     HPS_ARCHITECTURE,
@@ -32,6 +33,23 @@ def _aesthetic(folder: Path) -> list[Settings]:
     return [{"encoder": str(make_transformers_clip(folder)), "head": str(make_head(folder / "head.pth"))}]
 
 
+def _http(folder: Path) -> list[Settings]:
+    common = {"url": serve(score_light).url, "version": "1"}
+    near = {"name": "remote_near", "range": [0, 1]}
+    return [
+        {**common, "gives": [{"name": "remote_light"}], "sends": []},
+        {**common, "gives": [near], "sends": ["prompt", "reference"]},
+    ]
+
+
+def _judge(folder: Path) -> list[Settings]:
+    common = {"url": chat(lighter).url, "model": "light"}
+    return [
+        {**common, "log_path": folder / "pairs.jsonl"},
+        {**common, "log_path": folder / "points.jsonl", "mode": "pointwise"},
+    ]
+
+
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "aesthetic": _aesthetic,
     "brightness": lambda folder: [{}],
@@ -41,6 +59,8 @@ TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "dino": lambda folder: [{"pretrained": str(make_dino(folder))}],
     "diversity": _lpips,
     "hps": lambda folder: [{"pretrained": str(make_hps(folder)), "architecture": HPS_ARCHITECTURE}],
+    "http": _http,
+    "judge": _judge,
     "lpips": _lpips,
     "pickscore": lambda folder: [{"pretrained": str(make_transformers_clip(folder)), "processor": None}],
     "pocket_scene": lambda folder: [{}],
@@ -48,5 +68,5 @@ TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "sharpness": lambda folder: [{}],
 }
 
-NUM_VARIANTS: dict[str, int] = {}
+NUM_VARIANTS = {"http": 2, "judge": 2}
 """How many variants a factory returns, where it is not one."""
