@@ -136,7 +136,8 @@ def _items(read: Callable[[int], str]) -> Iterator[Any]:
         try:
             begin = _space(text, start + 1)
             if text[begin] == "]":
-                return
+                end = begin
+                break
             item, end = decoder.raw_decode(text, begin)
             end = _space(text, end)
             if text[end] not in ",]":
@@ -149,8 +150,10 @@ def _items(read: Callable[[int], str]) -> Iterator[Any]:
             continue
         yield item
         if text[end] == "]":
-            return
+            break
         start, size = end, _PART
+    if (text[end + 1 :] + read(_PART)).strip():
+        raise ValueError("there is more after it")
 
 
 def _space(text: str, start: int) -> int:

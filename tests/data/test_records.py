@@ -177,6 +177,8 @@ def test_a_list_is_read_in_parts_of_any_size(folder: Path, monkeypatch, size: in
         ('[{"a": 1},', "it ends too early"),
         ("[", "it ends too early"),
         ('[{"a": 1} {"a": 2}]', "after an item"),
+        ('[{"a": 1}]\n[{"a": 2}]', "there is more after it"),
+        ("[] 7", "there is more after it"),
         ('[{"a": 1}, oops]', "Expecting value"),
         ('[{"a": "', "Unterminated string"),
         ("[" * 100_000, "recursion|Expecting value|maximum"),
