@@ -262,6 +262,9 @@ def test_what_was_asked_is_not_asked_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first.values["judge_win_rate"], again.values["judge_win_rate"])
     _scores(served, tmp_path, question="another")
     assert len(served.asked) == 20
+    served.asked.clear()
+    _scores(served, tmp_path, _group(prompt="the same images for another prompt"))
+    assert len(served.asked) == 20
 
 
 def test_a_torn_line_is_asked_again_and_hurts_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
