@@ -1,7 +1,7 @@
 """A vision-language model as a judge, behind an endpoint that speaks as OpenAI's: the images of a prompt in pairs.
 
 Such models prefer a place, often the first, whatever lies there. So every pair is asked in both orders, and only a
-verdict that is the same in both counts (Zheng et al. 2023, arXiv 2306.05685, section 3.4); the others are no verdict.
+verdict that is the same in both counts (Zheng et al. 2023, arXiv 2306.05685); the others are no verdict.
 """
 
 import hashlib
