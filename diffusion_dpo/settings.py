@@ -77,8 +77,7 @@ class GenerateConfig(Config):
     sampling: Sampling = Sampling()
     """How it draws."""
     strength: float | None = Field(None, gt=0, le=1)
-    """Image to image: start from the prompt's first reference with so much of the noise schedule on top; 1 keeps next
-    to nothing of it. null starts from pure noise."""
+    """Start from the prompt's first reference at this part of the noise schedule; null starts from pure noise."""
     mixture: tuple[Variant, ...] = ()
     """Several ways to draw; image k of a prompt is drawn by variant k mod their number. Empty draws all alike."""
     seed: int = Field(0, ge=0, lt=2**63)

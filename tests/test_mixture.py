@@ -42,7 +42,10 @@ def test_a_little_strength_keeps_the_references_middle_square_and_all_of_it_does
     square[:, :32], square[:, 32:] = (200, 30, 30), (30, 30, 200)
     little = drawn(tmp_path / "little", steps, "strength=0.02")
     everything = drawn(tmp_path / "all", steps, "strength=1")
-    assert max(abs(image - square).mean() for image in little.values()) < 25
+    squeezed = np.full((64, 64, 3), 128)
+    squeezed[:, 16:32], squeezed[:, 32:48] = (200, 30, 30), (30, 30, 200)
+    for image in little.values():
+        assert abs(image - square).mean() < min(35, abs(image - squeezed).mean() - 10)
     assert min(abs(image - square).mean() for image in everything.values()) > 35
 
 
@@ -71,9 +74,10 @@ def test_each_image_of_a_mixture_is_that_of_its_variant_alone_and_says_so(tiny_s
     mixed = drawn(tmp_path / "mixed", f"mixture={json.dumps(variants)}")
     soft = drawn(tmp_path / "soft", "sampling.guidance_scale=1.0")
     other = drawn(tmp_path / "other", f"model.pretrained={tiny_sd}", 'mixture=[{"scheduler": "euler"}]')
+    assert abs(soft["a dog", 1] - other["a dog", 1]).max() > 10
     for prompt in ("a red circle", "a dog"):
-        assert np.array_equal(mixed[prompt, 0], soft[prompt, 0])
-        assert np.array_equal(mixed[prompt, 1], other[prompt, 1])
+        assert abs(mixed[prompt, 0] - soft[prompt, 0]).max() <= 1  # other batches
+        assert abs(mixed[prompt, 1] - other[prompt, 1]).max() <= 1  # other batches
     for row in rows_of(tmp_path / "mixed" / "out"):
         common = {"num_inference_steps": 4, "position": row["index"]}
         assert (
