@@ -1,22 +1,26 @@
 """`generate`: prompts -> candidates. A shard is a work unit, whole or absent; a rerun makes those that are missing."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import command
 from diffusion_dpo.console import progress, say
-from diffusion_dpo.data.images import pixel_hash
+from diffusion_dpo.data.images import decode_rgb, pixel_hash
 from diffusion_dpo.data.prompts import Prompt, read_prompts, refuse_foreign_defaults
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
-from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, weights_hash
+from diffusion_dpo.mixture import Source, announce, describe, refuse_lacking_references, sources_of
+from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, make_scheduler, weights_hash
 from diffusion_dpo.settings import GenerateConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -26,53 +30,81 @@ class _Candidate:
     seed: int
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """The candidates of one file; all have one source."""
+
+    path: Path
+    source: Source
+    candidates: list[_Candidate]
+
+
 def run(config: GenerateConfig) -> Path:
     """Draw the candidates that are not there yet; return their folder."""
-    refuse_foreign_defaults(config.prompts_path, config.model.pretrained)
+    sources = sources_of(config)
+    refuse_foreign_defaults(config.prompts_path, *(source.model.pretrained for source in sources))
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts)
-    todo = [
-        _Candidate(prompt, index, image_seed(config.seed, prompt.id, index))
-        for prompt in prompts
-        for index in range(config.num_images_per_prompt)
-    ]
+    refuse_lacking_references(sources, prompts)
+    shards = _plan(config, sources, prompts)
+    total = len(prompts) * config.num_images_per_prompt
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     precision = str(dtype).removeprefix("torch.")
-    identity = _identity(config, prompts) | {"weights": weights_hash(config.model), "precision": precision}
-    shards = [todo[start : start + config.shard_size] for start in range(0, len(todo), config.shard_size)]
+    identity = _identity(config, sources, prompts) | {"precision": precision}
     with claim(config.output_dir, "generate", identity):
-        paths = [config.output_dir / f"images-{number:05d}.parquet" for number in range(len(shards))]
-        missing = [number for number, path in enumerate(paths) if not path.exists()]
-        done = len(todo) - sum(len(shards[number]) for number in missing)
+        missing = [shard for shard in shards if not shard.path.exists()]
+        done = total - sum(len(shard.candidates) for shard in missing)
         if missing:
+            models = ", ".join(dict.fromkeys(describe(source.model) for source in sources))
             say(
                 f"generate: {len(prompts)} prompts x {config.num_images_per_prompt} images with "
-                f"{config.model.pretrained} on {device.type} in {precision}"
-                + (f"; {done} of {len(todo)} are there already" if done else "")
+                f"{models} on {device.type} in {precision}"
+                + (f"; {done} of {total} are there already" if done else "")
             )
-            pipeline = load_pipeline(config.model, device=device, dtype=dtype)
-            with progress("generate", len(todo), "images", done=done) as advance:
-                for number in missing:
-                    write_shard(paths[number], _rows(pipeline, shards[number], config, identity, advance), CANDIDATES)
+            announce(sources, config.num_images_per_prompt)
+            with progress("generate", total, "images", done=done) as advance:
+                for source, portion in groupby(missing, key=lambda shard: shard.source):
+                    pipeline = load_pipeline(source.model, device=device, dtype=dtype)
+                    if source.scheduler is not None:
+                        pipeline.scheduler = make_scheduler(pipeline, source.scheduler)
+                    for shard in portion:
+                        write_shard(shard.path, _rows(pipeline, shard, identity, advance), CANDIDATES)
+                    del pipeline  # one model in memory at a time
         else:
-            say(f"generate: all {len(todo)} candidates are there already")
-        finish(config.output_dir, "generate", identity, num_prompts=len(prompts), num_images=len(todo))
+            say(f"generate: all {total} candidates are there already")
+        finish(config.output_dir, "generate", identity, num_prompts=len(prompts), num_images=total)
     say(f"candidates: {config.output_dir}\nnext: {command('score', {'path': config.output_dir})}")
     return config.output_dir
 
 
+def _plan(config: GenerateConfig, sources: Sequence[Source], prompts: Sequence[Prompt]) -> list[_Shard]:
+    """Return all shards, source after source; image k of a prompt is of source k mod their number.
+
+    They are numbered so that the images of a prompt lie in files next to each other.
+    """
+    shards: list[_Shard] = []
+    for turn, source in enumerate(sources):
+        todo = [
+            _Candidate(prompt, index, image_seed(config.seed, prompt.id, index))
+            for prompt in prompts
+            for index in range(turn, config.num_images_per_prompt, len(sources))
+        ]
+        for portion, start in enumerate(range(0, len(todo), config.shard_size)):
+            path = config.output_dir / f"images-{portion * len(sources) + turn:05d}.parquet"
+            shards.append(_Shard(path, source, todo[start : start + config.shard_size]))
+    return shards
+
+
 def _rows(
-    pipeline: "DiffusionPipeline",
-    shard: list[_Candidate],
-    config: GenerateConfig,
-    identity: dict[str, Any],
-    advance: Any,
+    pipeline: "DiffusionPipeline", shard: _Shard, identity: dict[str, Any], advance: Any
 ) -> list[dict[str, Any]]:
     rows = []
-    size = config.sampling.batch_size
-    for start in range(0, len(shard), size):
-        batch = shard[start : start + size]
-        images = draw(pipeline, [DrawRequest(item.prompt.text, item.seed) for item in batch], config.sampling)
+    source, size = shard.source, shard.source.sampling.batch_size
+    sampler = type(pipeline.scheduler).__name__
+    for start in range(0, len(shard.candidates), size):
+        batch = shard.candidates[start : start + size]
+        requests = [DrawRequest(item.prompt.text, item.seed, _start(item, source)) for item in batch]
+        images = draw(pipeline, requests, source.sampling, source.strength)
         for item, image in zip(batch, images, strict=True):
             rows.append(
                 {
@@ -83,7 +115,7 @@ def _rows(
                     "seed": item.seed,
                     "image": image_struct(encode_png(image)),
                     "references": [image_struct(data) for data in item.prompt.references],
-                    "origin": "",
+                    "origin": source.origin(sampler, item.index),
                     "settings_hash": _hash(repr(sorted(identity.items()))),
                 }
             )
@@ -91,14 +123,24 @@ def _rows(
     return rows
 
 
-def _identity(config: GenerateConfig, prompts: list[Prompt]) -> dict[str, Any]:
+def _start(candidate: _Candidate, source: Source) -> "Image | None":
+    """Return the image that a candidate starts from, if it starts from one."""
+    return None if source.strength is None else decode_rgb(candidate.prompt.references[0])
+
+
+def _identity(config: GenerateConfig, sources: Sequence[Source], prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that decides the images; where they are computed and in what portions is left out."""
     decisive = config.model_dump(
-        mode="json", include={"num_images_per_prompt", "model", "sampling", "seed", "shard_size"}
+        mode="json",
+        include={"num_images_per_prompt", "model", "sampling", "seed", "shard_size"}
+        | ({"strength"} if config.strength is not None else set())
+        | ({"mixture"} if config.mixture else set()),
     )
     del decisive["sampling"]["batch_size"]
+    weights = [weights_hash(source.model) for source in sources]
     return decisive | {
-        "prompts": _hash(repr([(p.id, p.text, [_hash(r.hex()) for r in p.references]) for p in prompts]))
+        "prompts": _hash(repr([(p.id, p.text, [_hash(r.hex()) for r in p.references]) for p in prompts])),
+        "weights": weights if config.mixture else weights[0],
     }
 
 

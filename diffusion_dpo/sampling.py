@@ -4,10 +4,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data.images import middle_square
 from diffusion_dpo.models.adapters import add_adapter, find_adapter
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base, require_family
 from diffusion_dpo.settings import ImageModel, Sampling
@@ -20,10 +22,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """One image to draw."""
+    """One image to draw; `reference` is what image-to-image starts from."""
 
     prompt: str
     seed: int
+    reference: "Image | None" = None
+
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""The samplers that can be asked for, and their diffusers class."""
 
 
 def image_seed(base_seed: int, prompt_id: str, index: int) -> int:
@@ -59,8 +72,21 @@ def weights_hash(model: ImageModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], sampling: Sampling) -> list["Image"]:
+def make_scheduler(pipeline: "DiffusionPipeline", name: str) -> Any:
+    """Return the sampler of a name in SCHEDULERS, on the noise schedule of the pipeline's own."""
+    import diffusers
+
+    return getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+
+
+def draw(
+    pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], sampling: Sampling, strength: float | None = None
+) -> list["Image"]:
     """Draw one batch of images (as many as are asked for; the caller keeps to `sampling.batch_size`).
+
+    With a `strength`, in (0, 1], an image starts from its reference at that part of the noise schedule and is denoised
+    in that part of the steps (SDEdit, 2108.01073). diffusers then draws the noise from the image's seed, in the number
+    format of the pipeline.
 
     The initial noise of an image is drawn on the CPU in float32 from its own seed, so it is the same whatever the
     model, the device, the precision or the rest of the batch. A half-precision pipeline runs under autocast, as in
@@ -72,19 +98,21 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
     side = resolution_px(pipeline, sampling.resolution_px)
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     shape = (pipeline.unet.config.in_channels, side // pipeline.vae_scale_factor, side // pipeline.vae_scale_factor)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    if strength is None:
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        call: Any = partial(pipeline, height=side, width=side, latents=noise.to(pipeline.device, pipeline.unet.dtype))
+    else:
+        latents = torch.cat([_encode(pipeline, request.reference, side) for request in requests])
+        call = partial(_image_to_image(pipeline), image=latents, strength=strength)
     guided = sampling.guidance_scale > 1 and sampling.negative_prompt
     precision = pipeline.text_encoder.dtype
     with torch.autocast(pipeline.device.type, precision, enabled=precision != torch.float32):
-        output = pipeline(
+        output = call(
             [request.prompt for request in requests],
             # none is not the empty one: SDXL pushes away from zeros then
             negative_prompt=[sampling.negative_prompt] * len(requests) if guided else None,
-            height=side,
-            width=side,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
-            latents=noise.to(pipeline.device, pipeline.unet.dtype),
             generator=generators,
             output_type="latent",
         )
@@ -92,6 +120,29 @@ def draw(pipeline: "DiffusionPipeline", requests: Sequence[DrawRequest], samplin
     with torch.no_grad():
         images = vae.decode(output.images.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
     return list(pipeline.image_processor.postprocess(images.float(), output_type="pil"))
+
+
+def _image_to_image(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
+    """Return the image-to-image pipeline of the same parts."""
+    from diffusers import AutoPipelineForImage2Image
+
+    other = AutoPipelineForImage2Image.from_pipe(pipeline)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def _encode(pipeline: "DiffusionPipeline", reference: "Image | None", side: int) -> "torch.Tensor":
+    """Return the latents (1, C, H, W) of a reference's middle square: the mode, so that encoding adds no chance."""
+    import torch
+    from PIL.Image import Resampling
+
+    assert reference is not None, "image-to-image needs a reference"
+    square = reference.resize((side, side), Resampling.LANCZOS, box=middle_square(reference.size))
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(square).to(pipeline.device, vae.dtype)
+    with torch.no_grad():
+        latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
+    return latents
 
 
 def resolution_px(pipeline: "DiffusionPipeline", asked: int | None) -> int:

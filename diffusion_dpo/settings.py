@@ -43,6 +43,25 @@ class Sampling(Config):
     """Images drawn at once; less needs less memory."""
 
 
+class Variant(Config):
+    """One way to draw of a mixture; what it does not say is that of the run."""
+
+    name: str | None = None
+    """What its images' `origin` calls it; null takes its number."""
+    model: ImageModel | None = None
+    """The model that draws."""
+    scheduler: Literal["ddim", "dpm++", "euler", "euler_ancestral", "unipc"] | None = None
+    """The sampler, on the noise schedule of the model; null takes the model's own."""
+    num_inference_steps: int | None = Field(None, ge=1)
+    """Denoising steps per image."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """Classifier-free guidance."""
+    negative_prompt: str | None = None
+    """What the guidance pushes away from."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """How far its images leave the reference."""
+
+
 class GenerateConfig(Config):
     """Prompts -> candidates: several images for every prompt."""
 
@@ -57,6 +76,10 @@ class GenerateConfig(Config):
     """The model that draws."""
     sampling: Sampling = Sampling()
     """How it draws."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """Start from the prompt's first reference at this part of the noise schedule; null starts from pure noise."""
+    mixture: tuple[Variant, ...] = ()
+    """Several ways to draw; image k of a prompt is drawn by variant k mod their number. Empty draws all alike."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Base seed; an image's own seed comes from (seed, prompt id, index)."""
     device: Device = "auto"

@@ -75,11 +75,11 @@ def test_an_interrupted_run_leaves_whole_shards_and_goes_on(tiny_sd: Path, tmp_p
     config = make_config(tiny_sd, tmp_path / "out")
     drawn = []
 
-    def stopping(pipeline, requests, sampling):
+    def stopping(pipeline, requests, sampling, strength):
         if len(drawn) == 2:
             raise KeyboardInterrupt
         drawn.append(len(requests))
-        return real(pipeline, requests, sampling)
+        return real(pipeline, requests, sampling, strength)
 
     real = generate.draw
     with pytest.MonkeyPatch.context() as patch:
