@@ -36,7 +36,10 @@ TABLES: dict[str, dict[str, str]] = {
     "scorers": {
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "colorfulness": "diffusion_dpo.scorers.colorfulness:Colorfulness",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
+        "saturation": "diffusion_dpo.scorers.saturation:Saturation",
+        "sharpness": "diffusion_dpo.scorers.sharpness:Sharpness",
     },
 }
 

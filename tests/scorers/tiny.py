@@ -20,7 +20,10 @@ def _clip(folder: Path) -> list[Settings]:
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "brightness": lambda folder: [{}],
     "clip": _clip,
+    "colorfulness": lambda folder: [{}],
     "pocket_scene": lambda folder: [{}],
+    "saturation": lambda folder: [{}],
+    "sharpness": lambda folder: [{}],
 }
 
 NUM_VARIANTS = {"clip": 2}
