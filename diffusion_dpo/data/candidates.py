@@ -36,6 +36,8 @@ class Candidate:
     references: tuple[bytes, ...] = ()
     origin: str = ""
     """JSON object on how the image came about: its model, sampler, guidance, position; empty where nobody said."""
+    settings_hash: str = ""
+    """Of the settings that drew it, where we did."""
     broken: str = ""
 
     @cached_property
@@ -114,6 +116,7 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             data=data,
             references=tuple(_image(reference)[0] for reference in row.get("references") or ()),
             origin=row.get("origin") or "",
+            settings_hash=str(row.get("settings_hash") or "") if ours else "",
             broken=broken,
         )
 

@@ -183,8 +183,8 @@ setTimeout(() => { document.documentElement.dataset.probe = JSON.stringify(probe
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_works_and_runs_nothing_but_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = html._asset
-    monkeypatch.setattr(html, "_asset", lambda name: plain(name) + (PROBE if name == "report.js" else ""))
+    plain = html.asset
+    monkeypatch.setattr(html, "asset", lambda name: plain(name) + (PROBE if name == "report.js" else ""))
     page = html.write_report(tmp_path, *comparison())
     command = [
         CHROMIUM,
