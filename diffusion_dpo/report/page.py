@@ -1,4 +1,4 @@
-"""One HTML file, offline, nothing in it from outside: the user's text is escaped, the only style and script are ours."""
+"""One HTML file, offline, nothing in it from outside: text is escaped, the only style and script are ours."""
 
 import base64
 import hashlib

@@ -107,7 +107,7 @@ def win_rate_interval(outcomes: np.ndarray) -> Interval | None:
 
 
 def share_interval(per_prompt: np.ndarray, pairs: np.ndarray) -> Interval | None:
-    """Return the same for prompts with any number of pairs: mean outcomes (num_prompts,), all outcomes (num_pairs,)."""
+    """Return the same where prompts have any number of pairs; of shape (num_prompts,) and (num_pairs,), no NaN."""
     if per_prompt.size == 0:
         return None
     advantage = float(per_prompt.mean())  # win rate 1/2 + advantage/2
