@@ -35,12 +35,14 @@ def agreement(
     Values of metrics in `lower_is_better` are turned round first. An image counts where both metrics have a score; of
     more than 300 images of a prompt, 300.
     """
+    if len(metrics) < 2:
+        return []
     signs = np.array([-1.0 if name in lower_is_better else 1.0 for name in metrics])
     taus = []
     for images in prompts:
-        few = images[:: -(-len(images) // _IMAGES_AT_MOST)] if images else ()
-        values = np.array([[image.get(name, np.nan) for image in few] for name in metrics]).reshape(len(metrics), -1)
-        taus.append(_tau_b(signs[:, None] * values))
+        few = images[:: -(-len(images) // _IMAGES_AT_MOST) or 1]
+        values = np.array([[image.get(name, np.nan) for image in few] for name in metrics])
+        taus.append(_tau_b(signs[:, None] * np.where(np.isfinite(values), values, np.nan)))
     table = np.array(taus).reshape(len(taus), len(metrics), len(metrics))
     found = []
     for i in range(len(metrics)):

@@ -9,7 +9,7 @@ A category (model, sampler, file format) has no order. Each of its values has a 
 this value on one side alone in which that side is chosen. To order the values by it and ask how well that order
 predicts the same labels would be biased upwards. So the prompts are split at random into two halves, the values are
 ordered by their win rates in one half, (wins + 1) / (pairs + 2), and the order is judged on the other half, both ways:
-AUC is again P(rate_chosen > rate_rejected) + P(equal) / 2. It is about 0.5, rather below, where labels are random.
+AUC is again P(rate_chosen > rate_rejected) + P(equal) / 2, and on average 0.5 where labels are random.
 """
 
 from collections import Counter
@@ -101,16 +101,18 @@ class Predictor:
         return f"chosen images are {higher if self.auc >= 0.5 else lower} in {share} of the pairs{ties} {numbers}"
 
 
-def number(name: str, chosen: np.ndarray, rejected: np.ndarray, prompts: np.ndarray) -> Predictor:
-    """Return how well a number predicts; all of shape (num_pairs,), NaN where missing; `prompts` are codes from 0."""
+def number(name: str, sides: Sequence[np.ndarray], prompts: np.ndarray) -> Predictor:
+    """Return how well a number predicts. `sides` are its values of chosen and of rejected images, NaN where missing,
+    and `prompts` says which prompt a pair is of; all of shape (num_pairs,).
+    """
+    chosen, rejected = sides
     known = np.isfinite(chosen) & np.isfinite(rejected)
     return _predictor(name, np.sign(chosen[known] - rejected[known]), prompts[known])
 
 
-def category(
-    name: str, chosen: Sequence[str | None], rejected: Sequence[str | None], prompts: np.ndarray
-) -> Predictor:
-    """Return how well a category predicts; None where it is not known. Only pairs that know both sides count."""
+def category(name: str, sides: Sequence[Sequence[str | None]], prompts: np.ndarray) -> Predictor:
+    """Return how well a category predicts: the same with texts, None where one is not known."""
+    chosen, rejected = sides
     known = np.array([a is not None and b is not None for a, b in zip(chosen, rejected, strict=True)], dtype=bool)
     names, codes = np.unique([str(it) for it in (*chosen, *rejected)], return_inverse=True)
     ours, theirs = (part[known] for part in codes.reshape(2, -1))

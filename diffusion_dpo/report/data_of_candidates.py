@@ -16,7 +16,7 @@ from diffusion_dpo.data.collect import in_order
 from diffusion_dpo.data.contact_sheet import Block, Tile
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
 from diffusion_dpo.data.scores import MetricFacts, Verdict, read_all_verdicts, read_facts
-from diffusion_dpo.report.agreement import agreement
+from diffusion_dpo.report.agreement import Tau, agreement
 from diffusion_dpo.report.appearance import Appearance, look_at, near_duplicates
 from diffusion_dpo.report.data_page import (
     Findings,
@@ -118,17 +118,14 @@ def _look(numbered: tuple[int, Candidate]) -> _Seen | Dropped:
     return _Seen(number, it.where, it.prompt, it.group, it.key, pixel_hash(image), it.settings_hash, looks)
 
 
-def _taus(groups: dict[str, list[_Seen]], facts: dict[str, MetricFacts], verdicts: dict[str, dict[str, Verdict]]):  # type: ignore[no-untyped-def]
+def _taus(
+    groups: dict[str, list[_Seen]], facts: dict[str, MetricFacts], verdicts: dict[str, dict[str, Verdict]]
+) -> list[Tau]:
+    """Return how alike the judges order the distinct images of a prompt."""
     metrics = [name for name, fact in facts.items() if not fact.auxiliary]
-    prompts = (
-        [
-            {name: it.value for name, it in verdicts.get(key, {}).items()}
-            for key in {it.uid: it.key for it in group}.values()
-        ]
-        for name, group in groups.items()
-        if name
-    )
     lower = frozenset(name for name in metrics if not facts[name].higher_is_better)
+    keys = [{it.uid: it.key for it in group}.values() for name, group in groups.items() if name]
+    prompts = ([{name: it.value for name, it in verdicts.get(key, {}).items()} for key in part] for part in keys)
     return agreement(prompts, metrics, lower_is_better=lower)
 
 

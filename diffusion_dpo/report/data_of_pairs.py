@@ -21,6 +21,7 @@ from diffusion_dpo.report.agreement import agreement
 from diffusion_dpo.report.appearance import Appearance, look_at, near_duplicates
 from diffusion_dpo.report.confounds import Predictor, category, number, origin_keys, origin_text
 from diffusion_dpo.report.data_page import (
+    BETWEEN,
     Findings,
     PromptShare,
     Scores,
@@ -40,6 +41,10 @@ from diffusion_dpo.report.words import count, percent
 
 _SIDES = ("chosen", "rejected")
 _FACE_AREA = "face_area"
+_ADVICE = (
+    "a model that is tuned on these pairs may learn that rather than what you prefer: balance the pairs, or judge by "
+    "something that does not follow it"
+)
 _TOP_PROMPTS = 5
 _LARGE_SHARE, _TOP_SHARE, _MIN_PROMPTS = 0.1, 0.5, 100
 """A prompt with more of the pairs, or one per cent of at least so many prompts with more of them, is warned of."""
@@ -71,11 +76,12 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
         groups[record.prompt].append(record)
     labelled_by = source.labelled_by()
     confounds, judges = _predictors(decided, looks, metrics, labelled_by)
-    taus = agreement(map(_scores_of_images, groups.values()), metrics, lower_is_better=frozenset())
+    named = [name for name in metrics if not name.endswith(_FACE_AREA)]
+    taus = agreement(map(_scores_of_images, groups.values()), named, lower_is_better=frozenset())
     top = _top_prompts(groups)
     repeats, warnings = _repeats(found, groups, looks)
     loud = [it for it in confounds if it.is_loud]
-    warnings = [*(_loud_words(it) for it in loud), *warnings, *_dominance(groups, top)]
+    warnings = [*(it.sentence for it in loud), *([_ADVICE] if loud else []), *warnings, *_dominance(groups, top)]
     kind = "" if source.type == "pairs" else f"data.type={source.type} "
     objective = " loss.type=kto" if isinstance(source, LabelledData) else ""
     return Findings(
@@ -116,29 +122,23 @@ def _predictors(
     origins = [[looks[it.row].origins[side] for it in decided] for side in (0, 1)]
     numbers = [[it.numbers for it in side] for side in seen]
     confounds = [
-        number(name, *(np.array([it[name] for it in side]) for side in numbers), prompts) for name in numbers[0][0]
+        number(name, [np.array([it[name] for it in side]) for side in numbers], prompts) for name in numbers[0][0]
     ]
-    confounds.append(category("file format", *([it.format for it in side] for side in seen), prompts))
+    confounds.append(category("file format", [[it.format for it in side] for side in seen], prompts))
     for key, is_category in origin_keys(it for side in origins for it in side).items():
         values = [[it.get(key) for it in side] for side in origins]
         if is_category:
             texts = [[None if it is None else origin_text(it) for it in side] for side in values]
-            confounds.append(category(f"origin: {key}", *texts, prompts))
+            confounds.append(category(f"{key} (origin)", texts, prompts))
         else:
-            confounds.append(number(f"origin: {key}", *(np.array(side, dtype=float) for side in values), prompts))
+            confounds.append(number(f"{key} (origin)", [np.array(side, dtype=float) for side in values], prompts))
     faces = [name for name in metrics if name.endswith(_FACE_AREA)]
-    scored = {name: number(name, *(_scores(decided, side, name) for side in _SIDES), prompts) for name in metrics}
+    scored = {name: number(name, [_scores(decided, side, name) for side in _SIDES], prompts) for name in metrics}
     confounds += [scored[name] for name in faces]
-    judges = [scored[name] for name in metrics if name not in faces]
+    seen_already = {*faces, *numbers[0][0]}
+    judges = [scored[name] for name in metrics if name not in seen_already]
     confounds, judges = ([replace(it, labelled=it.name in labelled_by) for it in part] for part in (confounds, judges))
     return sorted(confounds, key=lambda it: -abs((0.5 if it.auc is None else it.auc) - 0.5)), judges
-
-
-def _loud_words(it: Predictor) -> str:
-    return (
-        f"{it.sentence}: a model that is tuned on these pairs may learn that rather than what you prefer; balance the "
-        "pairs, or judge by something that does not follow it"
-    )
 
 
 # --- repeats and prompts ---------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def _repeats(
     warnings = []
     if blank["chosen"]:
         warnings.append(
-            f"{count(blank['chosen'], 'rows')} choose a blank image; no judge should prefer one: look at these rows"
+            f"a blank image is chosen in {count(blank['chosen'], 'pairs')}; no judge should prefer one: look at them"
         )
     if near_pairs > _LARGE_SHARE * len(found):
         warnings.append(
@@ -220,7 +220,7 @@ def _headline(
     if not records:
         return "No row can be used."
     if loud:
-        names = [it.name.removeprefix("origin: ") for it in loud]
+        names = [it.name.removesuffix(" (origin)") for it in loud]
         listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         return f"{listed[0].upper()}{listed[1:]} {'predicts' if len(names) == 1 else 'predict'} which image is chosen."
     kind = "pairs" if records[0].is_pair else "labelled images"
@@ -309,7 +309,7 @@ def _block(pair: PreferencePair) -> Block:
         ("tie" if is_tie else "rejected", pair.rejected, pair.rejected_scores, GREY if is_tie else RED),
     )
     tiles = [
-        Tile(kept(decode_rgb(data)), " · ".join(filter(None, [name, score_text(scores)])), edge)
+        Tile(kept(decode_rgb(data)), BETWEEN.join(filter(None, [name, score_text(scores)])), edge)
         for name, data, scores, edge in sides
         if data
     ]

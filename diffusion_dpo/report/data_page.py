@@ -24,6 +24,8 @@ from diffusion_dpo.report.words import clean, count, percent
 
 KEPT_SIDE_PX = 768
 """Images that are to be shown are kept at most this large."""
+BETWEEN = "  "
+"""What parts the words of a caption that belong on lines of their own, where there is room for them."""
 _SIZES_SHOWN = 4
 _KINDS = {GREEN: "chosen", RED: "rejected", GREY: "tie", None: ""}
 
@@ -34,7 +36,7 @@ class PromptShare(NamedTuple):
     """A prompt and what part of the rows it has."""
 
     prompt: str
-    count: int
+    rows: int
     share: float
 
 
@@ -100,7 +102,7 @@ def _card(block: Block, images: "Iterable[str]") -> dict[str, Any]:
     tiles = [
         {
             "uri": next(iter(images)),
-            "caption": shorten(tile.caption),
+            "caption": [shorten(part, 80) for part in tile.caption.split(BETWEEN)],
             "kind": _KINDS[tile.edge],
             "size_px": tile.image.size,
             "is_small": max(tile.image.size) <= SMALL_PX,
@@ -155,7 +157,7 @@ def sizes(sizes_px: Iterable[tuple[int, int]]) -> str:
 
 def score_text(scores: dict[str, float]) -> str:
     """Return `clip 0.31  lpips 0.2`."""
-    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items())
+    return BETWEEN.join(f"{name} {value:.3g}" for name, value in scores.items())
 
 
 def shorten(text: str, characters: int = 400) -> str:
