@@ -36,9 +36,9 @@ class Candidate:
     references: tuple[bytes, ...] = ()
     origin: str = ""
     """JSON object on how the image came about: its model, sampler, guidance, position; empty where nobody said."""
-    settings_hash: str = ""
-    """Of the settings that drew it, where we did."""
     broken: str = ""
+    settings_hash: str = ""
+    """Of the settings that made it, where they are known."""
 
     @cached_property
     def key(self) -> str:
@@ -116,7 +116,7 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             data=data,
             references=tuple(_image(reference)[0] for reference in row.get("references") or ()),
             origin=row.get("origin") or "",
-            settings_hash=str(row.get("settings_hash") or "") if ours else "",
+            settings_hash=row.get("settings_hash") or "",
             broken=broken,
         )
 

@@ -56,6 +56,13 @@ def test_different_pictures_recoloured_and_moved_ones_are_not() -> None:
     assert near_duplicates([cells(photo(0)), cells(photo(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT))]) == 0
 
 
+def test_faint_pictures_that_differ_are_not_either() -> None:
+    faint = [np.random.default_rng(seed).choice([124, 132], (8, 9, 3)).astype(np.uint8) for seed in range(3)]
+    assert (
+        near_duplicates([cells(Image.fromarray(it).resize((72, 64), Image.Resampling.NEAREST)) for it in faint]) == 0
+    )
+
+
 def test_each_repeat_counts_once() -> None:
     a, b = cells(photo(0)), cells(photo(1))
     assert near_duplicates([]) == near_duplicates([a]) == 0

@@ -52,12 +52,14 @@ def test_the_key_names_the_images_that_the_page_shows(tmp_path: Path) -> None:
 
 
 def test_sides_and_order_follow_from_ids_and_seed_alone(tmp_path: Path) -> None:
-    texts = []
+    texts, orders = [], []
     for name, seed, order in (("a", 0, 1), ("b", 0, -1), ("c", 1, 1)):
         (tmp_path / name).mkdir()
         page = write_audit(tmp_path / name, iter(pairs()[::order]), seed, amount=12)
         texts.append(page.read_bytes() + (tmp_path / name / "audit.jsonl").read_bytes())
+        orders.append([row["pair_id"] for row in key_of(tmp_path / name)])
     assert texts[0] == texts[1] != texts[2]
+    assert set(orders[0]) != set(orders[2])
     many = [PreferencePair(f"{i}", "p", picture(0, "PNG", 32), picture(1, "PNG", 32)) for i in range(300)]
     write_audit(tmp_path, many, 0, amount=300)
     lefts = [row["chosen"] == "left" for row in key_of(tmp_path)]

@@ -79,7 +79,7 @@ def test_brightness_that_decides_and_a_model_that_always_wins_are_warned_of(look
     assert predictor(found, "model (origin)").auc == 1
     assert [it.rate for it in predictor(found, "position (origin)").values] == [0.5, 0.5]
     assert any(text.startswith("chosen images are brighter in 90") for text in found.warnings)
-    assert "brightness" in found.headline and "model" in found.headline and "position" not in found.headline
+    assert "Model, brightness and" in found.headline and "position" not in found.headline
     assert not predictor(found, "arcface_face_area").varies and predictor(found, "clip").labelled
     clean = look(many(0.5))
     assert not predictor(clean, "brightness").is_loud
