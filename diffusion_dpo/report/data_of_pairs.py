@@ -41,6 +41,8 @@ from diffusion_dpo.report.words import count, percent
 
 _SIDES = ("chosen", "rejected")
 _FACE_AREA = "face_area"
+_ENOUGH_PROMPTS = 20
+"""With fewer, even a number that decides three labels of four would mostly go unnoticed."""
 _ADVICE = (
     "a model that is tuned on these pairs may learn that rather than what you prefer: balance the pairs, or judge by "
     "something that does not follow it"
@@ -85,7 +87,7 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
     kind = "" if source.type == "pairs" else f"data.type={source.type} "
     objective = " loss.type=kto" if isinstance(source, LabelledData) else ""
     return Findings(
-        headline=_headline(records, groups, loud, bool(decided)),
+        headline=_headline(records, groups, loud, len({it.prompt for it in decided})),
         tiles=_tiles(found, records, groups),
         rows=tuple(
             _counts(source, found, records)
@@ -215,8 +217,9 @@ def _dominance(groups: dict[str, list[PairRecord]], top: Sequence[PromptShare]) 
 
 
 def _headline(
-    records: Sequence[PairRecord], groups: dict[str, list[PairRecord]], loud: Sequence[Predictor], is_decided: bool
+    records: Sequence[PairRecord], groups: dict[str, list[PairRecord]], loud: Sequence[Predictor], num_decided: int
 ) -> str:
+    """Say the worst that was found; `num_decided` prompts have pairs that are no ties."""
     if not records:
         return "No row can be used."
     if loud:
@@ -225,7 +228,10 @@ def _headline(
         return f"{listed[0].upper()}{listed[1:]} {'predicts' if len(names) == 1 else 'predict'} which image is chosen."
     kind = "pairs" if records[0].is_pair else "labelled images"
     held = f"{count(len(records), kind)} under {count(len(groups), 'prompts')}"
-    return f"{held}; nothing simple predicts the labels." if is_decided else f"{held}."
+    if num_decided == 0:
+        return f"{held}."
+    enough = num_decided >= _ENOUGH_PROMPTS
+    return f"{held}; {'nothing simple predicts' if enough else 'too few to tell what predicts'} the labels."
 
 
 def _tiles(

@@ -83,6 +83,10 @@ def test_brightness_that_decides_and_a_model_that_always_wins_are_warned_of(look
     assert not predictor(found, "arcface_face_area").varies and predictor(found, "clip").labelled
     clean = look(many(0.5))
     assert not predictor(clean, "brightness").is_loud
+    alike = look([replace(it, chosen_origin={}) for it in many(0.5)])
+    assert alike.headline == "120 pairs under 40 prompts; nothing simple predicts the labels."
+    few = look([replace(it, chosen_origin={}) for it in many(0.5, prompts=5)][:10])
+    assert few.headline == "10 pairs under 5 prompts; too few to tell what predicts the labels."
     assert predictor(clean, "clip").auc == pytest.approx(1, abs=0.02) and not predictor(clean, "clip").is_loud
 
 
