@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from diffusion_dpo.settings import PairConfig as PairConfig
     from diffusion_dpo.settings import ScoreConfig as ScoreConfig
     from diffusion_dpo.settings import TrainConfig as TrainConfig
+    from diffusion_dpo.strategies import Pick as Pick
+    from diffusion_dpo.strategies import ScoreTable as ScoreTable
+    from diffusion_dpo.strategies import Strategy as Strategy
 
 __version__ = "0.1.0"
 
@@ -42,6 +45,7 @@ _NAMES = {
     "models": ("DiffusionModel", "LoadedModel"),
     "scorers": ("Metric", "ScoreRequest", "Scorer", "Scores"),
     "settings": ("CompareConfig", "GenerateConfig", "InspectConfig", "PairConfig", "ScoreConfig", "TrainConfig"),
+    "strategies": ("Pick", "ScoreTable", "Strategy"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 

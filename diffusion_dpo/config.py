@@ -145,10 +145,11 @@ class Setting(typing.NamedTuple):
     """The registry table, where the setting is a plug-in."""
 
 
-def settings(cls: type[Config], prefix: str = "", block: Config | None = None) -> Iterator[Setting]:
+def settings(cls: type[Config], prefix: str = "", block: Config | None = None, within: str = "") -> Iterator[Setting]:
     """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type.
 
-    `block` holds the defaults where they are not those of the class.
+    `block` holds the defaults where they are not those of the class; a plug-in in one of its own table, `within`,
+    is not opened.
     """
     for name, field in cls.model_fields.items():
         key = prefix + name
@@ -158,8 +159,8 @@ def settings(cls: type[Config], prefix: str = "", block: Config | None = None) -
         yield Setting(key, _describe_type(field), default, " ".join((field.description or "").split()), table)
         inner = _config_in(field.annotation)
         if table is not None:
-            for type_name in registry.TABLES[table]:
-                for setting in settings(registry.resolve(table, type_name), f"{key}[{type_name}]."):
+            for type_name in registry.TABLES[table] if table != within else ():
+                for setting in settings(registry.resolve(table, type_name), f"{key}[{type_name}].", within=table):
                     if not setting.key.endswith("].type"):
                         yield setting
         elif inner is not None:

@@ -45,7 +45,12 @@ def run(config: DemoConfig) -> Path:
         _step(
             "[3/5] build preference pairs: each of the best three against each of the worst three, where it is clear",
             "pair",
-            {"path": candidates, "strategy": "top_bottom", "top_k": 3, "min_margin": 0.03, "output_dir": pairs},
+            {
+                "path": candidates,
+                "strategy": {"type": "top_bottom", "top_k": 3},
+                "min_margin": 0.03,
+                "output_dir": pairs,
+            },
         )
         _step(
             "[4/5] tune the model on them with Diffusion-DPO",

@@ -1,92 +1,36 @@
 """`pair`: scored candidates -> preference pairs. What does not become a pair is counted, with the reason.
 
-Raw values are stored as they are; they are oriented (higher is better) only to be compared.
+Raw values are stored as they are; they are oriented (higher is better) only to be compared. How images become pairs is
+in `strategies/`.
 """
 
 import hashlib
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
 
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.candidates import Candidate, Unit, find_units
+from diffusion_dpo.data.images import BrokenImage, decode_rgb, fit_to
 from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.rows import pair_id
-from diffusion_dpo.data.scores import MetricFacts, Verdict, read_all_verdicts, read_facts
-from diffusion_dpo.data.shards import PAIRS, write_shard
+from diffusion_dpo.data.scores import MetricFacts, read_facts, read_values
+from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.files import claim, finish
+from diffusion_dpo.pairing import Images, Plan, Planned, is_test, plan_pairs, read_images
 from diffusion_dpo.settings import PairConfig
+from diffusion_dpo.strategies import Strategy
 
 _PAIRS_PER_SHARD = 128
-NO_SCORE, NO_PROMPT, DUPLICATE = "images without a score", "images without a prompt", "duplicate images"
-TOO_FEW = "prompts with fewer than two scored images"
-EQUAL, NARROW, CAPPED = "pairs with equal scores", "pairs below min_margin", "pairs over max_pairs_per_prompt"
-
-
-class Pick(NamedTuple):
-    """A pair within one prompt: the positions of its images, and how much better the chosen one is."""
-
-    chosen: int
-    rejected: int
-    margin: float
-
-
-def pick_pairs(
-    uids: Sequence[str],
-    values: Sequence[float],
-    *,
-    higher_is_better: bool,
-    top_k: int | None = None,
-    min_margin: float = 0.0,
-    max_pairs: int | None = None,
-) -> tuple[list[Pick], Counter[str]]:
-    """Pair the images of one prompt; return the pairs, widest margin first, and what was dropped, by reason.
-
-    `values` are raw scores, NaN where there is none. Without `top_k` the best image is paired with the worst; with it,
-    each of the best k with each of the worst k, k being at most half of the images. Equal scores make no pair, the
-    same image counts once, and the result does not depend on the order of the images: ties are broken by uid.
-    """
-    drops: Counter[str] = Counter()
-    images: dict[str, int] = {}
-    for i, (uid, value) in enumerate(zip(uids, values, strict=True)):
-        if not math.isfinite(value):
-            drops[NO_SCORE] += 1
-        elif uid in images:
-            drops[DUPLICATE] += 1
-        else:
-            images[uid] = i
-    if len(images) < 2:
-        return [], drops + Counter({TOO_FEW: 1})
-    merit = {uid: values[i] if higher_is_better else -values[i] for uid, i in images.items()}
-    k = min(top_k or 1, len(images) // 2)
-    best = sorted(merit, key=lambda uid: (-merit[uid], uid))[:k]
-    worst = sorted(merit, key=lambda uid: (merit[uid], uid))[:k]
-    ranked = sorted(((merit[a] - merit[b], a, b) for a in best for b in worst), key=lambda pair: (-pair[0], *pair[1:]))
-    wide = [Pick(images[a], images[b], margin) for margin, a, b in ranked if margin > 0 and margin >= min_margin]
-    drops[EQUAL] += sum(margin == 0 for margin, _, _ in ranked)
-    drops[NARROW] += sum(0 < margin < min_margin for margin, _, _ in ranked)
-    kept = wide[:max_pairs]
-    drops[CAPPED] += len(wide) - len(kept)
-    return kept, +drops
-
-
-class _Seen(NamedTuple):
-    """An image of a prompt, without its pixels."""
-
-    uid: str
-    scores: dict[str, float]
-
-
-class _Planned(NamedTuple):
-    chosen: _Seen
-    rejected: _Seen
-    margin: float
+BROKEN_PHOTO = "pairs with a broken photograph"
 
 
 def run(config: PairConfig) -> Path:
@@ -94,113 +38,130 @@ def run(config: PairConfig) -> Path:
     beside = config.path if config.path.is_dir() else config.path.parent
     units = find_units(config.path)
     facts = read_facts(config.scores_dir or beside)
-    metric = _choose_metric(config, facts)
-    higher_is_better = metric.higher_is_better if config.higher_is_better is None else config.higher_is_better
-    say(f"pair: {config.strategy} by {metric.name}, {'higher' if higher_is_better else 'lower'} is better")
-    prompts, drops = _read_scored(units, read_all_verdicts(config.scores_dir or beside, facts), metric)
-    plan = _plan(config, prompts, metric.name, higher_is_better, drops)
-    num_pairs = sum(len(pairs) for pairs in plan.values())
+    strategy: Strategy = config.strategy
+    main = _choose_metric(config, facts) if strategy.uses_main else ""
+    labelling = tuple(dict.fromkeys((*strategy.named, *([main] if main else []))))
+    _refuse_unknown(config, facts, (*labelling, *strategy.gated))
+    directions = _directions(config, facts, main)
+    arrows = ", ".join(f"{name} ({'higher' if directions[name] else 'lower'} is better)" for name in labelling)
+    say(f"pair: {strategy.type}" + (f" by {arrows}" if arrows else ""))
+    values = read_values(config.scores_dir or beside, facts)
+    images, drops = read_images(units, values, facts, labelling)
+    plan = plan_pairs(config, images, main, directions, drops)
     dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "nothing"
-    if num_pairs == 0:
+    if not plan:
         raise ConfigError(f"no pairs are left of {config.path}; dropped: {dropped}")
-    decisive = {"strategy", "top_k", "min_margin", "max_pairs_per_prompt"}
-    identity = config.model_dump(mode="json", include=decisive) | {
-        "metric": metric.name,
-        "higher_is_better": higher_is_better,
-        "scorer": metric.fingerprint,
-        "scored_images": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+    identity = _identity(config, images, facts, main, directions)
+    test = {group: pairs for group, pairs in plan.items() if is_test(config, images.prompts[group])}
+    parts = {config.output_dir: {group: pairs for group, pairs in plan.items() if group not in test}}
+    if config.test_share:
+        parts[config.output_dir.with_name(config.output_dir.name + "-test")] = test
+    facts_kept = {
+        "labelled_by": [] if config.shuffle_labels else list(labelling),
+        "licence": "; ".join(dict.fromkeys(facts[name].licence for name in labelling)),
+        "drops": dict(sorted(drops.items())),
     }
-    with claim(config.output_dir, "pair", identity) as before:
-        if before.get("complete"):
-            say(f"pair: all {num_pairs} pairs are there already")
-        else:
-            _write(config, units, plan)
-            finish(
-                config.output_dir,
-                "pair",
-                identity,
-                num_pairs=num_pairs,
-                num_prompts=len(plan),
-                labelled_by=[metric.name],
-                licence=metric.licence,
-                drops=dict(sorted(drops.items())),
-            )
+    for folder, part in parts.items():
+        part_of = {"part": "test" if part is test else "train"}
+        _make(folder, part, config, units, images, identity | part_of, facts_kept)
+    num_pairs = sum(len(pairs) for pairs in plan.values())
     say(f"{num_pairs} pairs of {len(plan)} prompts; dropped: {dropped}")
-    say(f"pairs: {config.output_dir}\nnext: {command('train', {'data.path': config.output_dir})}")
+    say("\n".join(f"pairs: {folder}" for folder in parts))
+    say(f"look: {command('inspect', {'path': config.output_dir})}")
+    say(f"next: {command('train', {'data.path': config.output_dir})}")
     return config.output_dir
 
 
-def _choose_metric(config: PairConfig, facts: dict[str, MetricFacts]) -> MetricFacts:
+# --- which metrics ---------------------------------------------------------------------------------------------------
+
+
+def _choose_metric(config: PairConfig, facts: dict[str, MetricFacts]) -> str:
     """Return the metric that labels: the one asked for, or the only main one."""
     if not facts:
-        raise ConfigError(
-            f"there are no scores in {config.scores_dir or config.path}; run: diffusion-dpo score path={config.path}"
-        )
+        raise _unscored(config)
     if config.metric is not None:
-        if config.metric not in facts:
-            raise ConfigError(f"metric={config.metric} has not been scored; there are: {', '.join(facts)}")
-        return facts[config.metric]
-    mains = [fact for fact in facts.values() if fact.main]
+        return config.metric
+    mains = [fact.name for fact in facts.values() if fact.main]
     if len(mains) > 1:
-        raise ConfigError(
-            f"several metrics have been scored; set metric to one of: {', '.join(m.name for m in mains)}"
-        )
+        raise ConfigError(f"several metrics have been scored; set metric to one of: {', '.join(mains)}")
     return mains[0]
 
 
-def _read_scored(
-    units: Sequence[Unit], verdicts: dict[str, dict[str, Verdict]], metric: MetricFacts
-) -> tuple[dict[str, list[_Seen]], Counter[str]]:
-    """Return the images of every prompt, prompts in the order of their first image, and a start of the drops."""
-    drops: Counter[str] = Counter()
-    prompts: dict[str, list[_Seen]] = {}
-    unjudged = 0
-    for candidate in (candidate for unit in units for candidate in unit.read(images=False)):
-        found = verdicts.get(candidate.key, {})
-        unjudged += metric.name not in found
-        if not candidate.prompt.strip():
-            drops[NO_PROMPT] += 1
-        else:
-            scores = {name: verdict.value for name, verdict in sorted(found.items()) if math.isfinite(verdict.value)}
-            prompts.setdefault(candidate.group, []).append(_Seen(candidate.uid, scores))
-    if unjudged:
-        warn(f"{unjudged} images were not scored by {metric.scorer} in its present version; run score again")
-    return prompts, drops
+def _refuse_unknown(config: PairConfig, facts: dict[str, MetricFacts], names: Sequence[str]) -> None:
+    for name in names:
+        if not facts:
+            raise _unscored(config)
+        if name not in facts:
+            raise ConfigError(f"metric={name} has not been scored; there are: {', '.join(facts)}")
 
 
-def _plan(
-    config: PairConfig, prompts: dict[str, list[_Seen]], metric: str, higher_is_better: bool, drops: Counter[str]
-) -> dict[str, list[_Planned]]:
-    """Return the pairs of every prompt that has some; adds to `drops`."""
-    plan = {}
-    for group, images in prompts.items():
-        picks, dropped = pick_pairs(
-            [image.uid for image in images],
-            [image.scores.get(metric, math.nan) for image in images],
-            higher_is_better=higher_is_better,
-            top_k=config.top_k if config.strategy == "top_bottom" else None,
-            min_margin=config.min_margin,
-            max_pairs=config.max_pairs_per_prompt,
-        )
-        drops.update(dropped)
-        if picks:
-            plan[group] = [_Planned(images[pick.chosen], images[pick.rejected], pick.margin) for pick in picks]
-    return plan
+def _unscored(config: PairConfig) -> ConfigError:
+    return ConfigError(
+        f"there are no scores in {config.scores_dir or config.path}; run: diffusion-dpo score path={config.path}"
+    )
 
 
-def _write(config: PairConfig, units: Sequence[Unit], plan: dict[str, list[_Planned]]) -> None:
-    rows = _rows(config, units, plan)
-    with progress("pair", sum(len(pairs) for pairs in plan.values()), "pairs") as advance:
-        number = 0
-        while shard := list(islice(rows, _PAIRS_PER_SHARD)):
-            write_shard(config.output_dir / f"pairs-{number:05d}.parquet", shard, PAIRS)
-            number += 1
-            advance(len(shard))
+def _directions(config: PairConfig, facts: dict[str, MetricFacts], main: str) -> dict[str, bool]:
+    """Return whether higher is better, by metric."""
+    directions = {name: fact.higher_is_better for name, fact in facts.items()}
+    if config.higher_is_better is not None and main:
+        directions[main] = config.higher_is_better
+    return directions
 
 
-def _rows(config: PairConfig, units: Sequence[Unit], plan: dict[str, list[_Planned]]) -> Iterator[dict[str, Any]]:
+def _identity(
+    config: PairConfig, images: Images, facts: Mapping[str, MetricFacts], main: str, directions: Mapping[str, bool]
+) -> dict[str, Any]:
+    """Everything that decides the pairs."""
+    places = {"path", "scores_dir", "output_dir", "metric", "higher_is_better"}
+    read = dict.fromkeys((*config.strategy.named, *config.strategy.gated, *([main] if main else [])))
+    digest = hashlib.sha256()
+    for group, members in images.groups.items():
+        digest.update(json.dumps([group, [images.uids[i] for i in members]]).encode())
+    for name in sorted(images.values):
+        digest.update(name.encode() + np.array(images.values[name], dtype=np.float64).tobytes())
+    return config.model_dump(mode="json", exclude=places) | {
+        "metrics": {name: [directions[name], facts[name].fingerprint] for name in read},
+        "metric": main,
+        "scored_images": digest.hexdigest()[:16],
+    }
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _make(
+    folder: Path,
+    plan: Plan,
+    config: PairConfig,
+    units: Sequence[Unit],
+    images: Images,
+    identity: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    num_pairs = sum(len(pairs) for pairs in plan.values())
+    with claim(folder, "pair", identity) as before:
+        if before.get("complete"):
+            say(f"pair: all {num_pairs} pairs are there already")
+            return
+        written = 0
+        rows = _rows(config, units, images, plan)
+        with progress("pair", num_pairs, "pairs") as advance:
+            number = 0
+            while shard := list(islice(rows, _PAIRS_PER_SHARD)):
+                write_shard(folder / f"pairs-{number:05d}.parquet", shard, PAIRS)
+                number += 1
+                written += len(shard)
+                advance(len(shard))
+        if written < num_pairs:
+            facts = facts | {"drops": facts["drops"] | {BROKEN_PHOTO: num_pairs - written}}
+            warn(f"{num_pairs - written} {BROKEN_PHOTO} were left out")
+        finish(folder, "pair", identity, num_pairs=written, num_prompts=len(plan), **facts)
+
+
+def _rows(config: PairConfig, units: Sequence[Unit], images: Images, plan: Plan) -> Iterator[dict[str, Any]]:
     """Read the images once more and yield a prompt's pairs when its last image has come: few are held at a time."""
-    missing = {group: {side.uid for p in pairs for side in (p.chosen, p.rejected)} for group, pairs in plan.items()}
+    missing = {group: _wanted(images, pairs) for group, pairs in plan.items()}
     held: dict[str, dict[str, Candidate]] = {}
     for candidate in (candidate for unit in units for candidate in unit.read()):
         group, wanted = candidate.group, missing.get(candidate.group, set())
@@ -209,24 +170,70 @@ def _rows(config: PairConfig, units: Sequence[Unit], plan: dict[str, list[_Plann
         wanted.remove(candidate.uid)
         held.setdefault(group, {})[candidate.uid] = candidate
         if not wanted:
-            images = held.pop(group)
+            found = held.pop(group)
             for pair in plan[group]:
-                yield _row(config, pair, images[pair.chosen.uid], images[pair.rejected.uid])
+                row = _row(config, pair, images, found)
+                if row is not None:
+                    yield row
 
 
-def _row(config: PairConfig, pair: _Planned, chosen: Candidate, rejected: Candidate) -> dict[str, Any]:
+def _wanted(images: Images, pairs: Sequence[Planned]) -> set[str]:
+    chosen = {images.uids[pair.chosen] for pair in pairs if not pair.pick.photo}
+    return chosen | {images.uids[pair.rejected] for pair in pairs}
+
+
+def _row(config: PairConfig, pair: Planned, images: Images, found: Mapping[str, Candidate]) -> dict[str, Any] | None:
+    """Return the row of a pair; None, having named it, where its photograph is broken."""
+    rejected = found[images.uids[pair.rejected]]
+    sides: list[tuple[bytes, str, dict[str, float], dict[str, Any], int | None]] = []
+    if pair.pick.photo:
+        try:
+            photo = _photograph(rejected, pair.chosen)
+        except BrokenImage as error:
+            warn(f"skipped a pair of {rejected.where}: its photograph {pair.chosen} is broken: {error}")
+            return None
+        sides.append((photo, "", {}, {"model": "photograph"}, None))
+    else:
+        sides.append(_side(found[images.uids[pair.chosen]], pair.chosen, images))
+    sides.append(_side(rejected, pair.rejected, images))
+    chosen, other = sides[::-1] if pair.swapped else sides
+    temperature = config.label_temperature
+    margin, margin_norm = (_finite(value) for value in (pair.pick.margin, pair.pick.margin_norm))
     preference = PreferencePair(
-        pair_id=pair_id(chosen.prompt, chosen.data, rejected.data),
-        prompt=chosen.prompt,
-        chosen=chosen.data,
-        rejected=rejected.data,
-        chosen_uid=chosen.uid,
-        rejected_uid=rejected.uid,
-        chosen_scores=pair.chosen.scores,
-        rejected_scores=pair.rejected.scores,
-        margin=pair.margin,
-        strategy=config.strategy,
+        pair_id=pair_id(rejected.prompt, chosen[0], other[0]),
+        prompt=rejected.prompt,
+        chosen=chosen[0],
+        rejected=other[0],
+        label_prob=1.0 if temperature is None else float(expit(pair.pick.margin_norm / temperature)),
+        chosen_uid=chosen[1],
+        rejected_uid=other[1],
+        chosen_scores=chosen[2],
+        rejected_scores=other[2],
+        chosen_origin=chosen[3],
+        rejected_origin=other[3],
+        margin=None if config.shuffle_labels else margin,
+        margin_norm=None if config.shuffle_labels else margin_norm,
+        strategy=config.strategy.type + (", labels shuffled" if config.shuffle_labels else ""),
         source=config.path.name,
     )
-    seeds = [candidate.seed for candidate in (chosen, rejected) if candidate.seed is not None]
-    return pair_row(preference, seeds=seeds)
+    return pair_row(preference, seeds=[side[4] for side in (chosen, other) if side[4] is not None])
+
+
+def _side(
+    candidate: Candidate, position: int, images: Images
+) -> tuple[bytes, str, dict[str, float], dict[str, Any], int | None]:
+    """Return an image's bytes, its uid, its scores, its origin and its seed."""
+    scores = {name: values[position] for name, values in sorted(images.values.items())}
+    known = {name: value for name, value in scores.items() if math.isfinite(value)}
+    origin = json.loads(candidate.origin) if candidate.origin else {}
+    return candidate.data, candidate.uid, known, origin, candidate.seed
+
+
+def _photograph(like: Candidate, number: int) -> bytes:
+    """Return a reference photograph as the generated image is: of its size, as PNG, so that neither is the label."""
+    image = decode_rgb(like.data)
+    return encode_png(fit_to(decode_rgb(like.references[number]), image.size))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

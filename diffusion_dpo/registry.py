@@ -1,4 +1,4 @@
-"""The four tables of plug-ins: a short name to an import string. The only place where a registration line goes."""
+"""The five tables of plug-ins: a short name to an import string. The only place where a registration line goes."""
 
 import difflib
 import importlib
@@ -12,6 +12,10 @@ TABLES: dict[str, dict[str, str]] = {
         "folder": "diffusion_dpo.data.folder:FolderData",
         "hub": "diffusion_dpo.data.hub:HubData",
         "labelled": "diffusion_dpo.data.labelled:LabelledData",
+        "hpdv3": "diffusion_dpo.data.hpdv3:HPDv3Data",
+        "ranked": "diffusion_dpo.data.ranked:RankedData",
+        "two_folders": "diffusion_dpo.data.two_folders:TwoFoldersData",
+        "invoke": "diffusion_dpo.data.invoke:InvokeData",
     },
     "models": {
         "stable_diffusion": "diffusion_dpo.models.stable_diffusion:StableDiffusion",
@@ -33,10 +37,29 @@ TABLES: dict[str, dict[str, str]] = {
         "rank_dpo": "diffusion_dpo.losses.rank_dpo:RankDPO",
         "plackett_luce": "diffusion_dpo.losses.plackett_luce:PlackettLuce",
     },
+    "strategies": {
+        "best_worst": "diffusion_dpo.strategies.best_worst:BestWorst",
+        "top_bottom": "diffusion_dpo.strategies.top_bottom:TopBottom",
+        "all_pairs": "diffusion_dpo.strategies.all_pairs:AllPairs",
+        "pareto": "diffusion_dpo.strategies.pareto:Pareto",
+        "majority": "diffusion_dpo.strategies.majority:Majority",
+        "weighted": "diffusion_dpo.strategies.weighted:Weighted",
+        "gate": "diffusion_dpo.strategies.gate:Gate",
+        "real_vs_generated": "diffusion_dpo.strategies.real_vs_generated:RealVsGenerated",
+    },
     "scorers": {
+        "aesthetic": "diffusion_dpo.scorers.aesthetic:Aesthetic",
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "clip_image": "diffusion_dpo.scorers.clip_image:ClipImage",
         "colorfulness": "diffusion_dpo.scorers.colorfulness:Colorfulness",
+        "dino": "diffusion_dpo.scorers.dino:Dino",
+        "diversity": "diffusion_dpo.scorers.diversity:Diversity",
+        "hps": "diffusion_dpo.scorers.hps:Hps",
+        "http": "diffusion_dpo.scorers.http:Http",
+        "judge": "diffusion_dpo.scorers.vlm_judge:VlmJudge",
+        "lpips": "diffusion_dpo.scorers.lpips:Lpips",
+        "pickscore": "diffusion_dpo.scorers.pickscore:PickScore",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
         "saturation": "diffusion_dpo.scorers.saturation:Saturation",
         "sharpness": "diffusion_dpo.scorers.sharpness:Sharpness",

@@ -26,7 +26,6 @@ from diffusion_dpo.scorers.judge import FAILED, Judge, check_metrics, warn_if_co
 from diffusion_dpo.settings import ScoreConfig
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
 Verdicts = dict[str, Verdict]
@@ -45,15 +44,14 @@ def run(config: ScoreConfig) -> Path:
     beside = config.path if config.path.is_dir() else config.path.parent
     folder = config.output_dir or beside
     elsewhere = folder.resolve() != beside.resolve()
-    device = pick_device(config.device)
     num_images = sum(unit.num_images for unit in units)
     mains = [scorer.metrics[0].name for scorer in config.scorers]
-    say(f"score: {num_images} images of {config.path} by {', '.join(mains)} on {device.type}")
+    say(f"score: {num_images} images of {config.path} by {', '.join(mains)}")
     identity = {"path": str(config.path)}
     lines = [f"{'metric':<24}{'mean':>10}{'min':>10}{'max':>10}{'missing':>9}"]
     with claim(folder, "score", identity) if elsewhere else nullcontext():
         for scorer in config.scorers:
-            lines += _summary(scorer, _Scoring(scorer, config, folder, device).run(units))
+            lines += _summary(scorer, _Scoring(scorer, config, folder).run(units))
         if elsewhere:
             finish(folder, "score", identity, num_images=num_images)
     following: dict[str, object] = {"path": config.path}
@@ -72,11 +70,10 @@ class _Scoring:
     scorer: Scorer
     config: ScoreConfig
     folder: Path
-    device: "torch.device"
     known: dict[str, Verdicts] = field(default_factory=dict)
     """What was judged so far, by this run or an earlier one."""
     judge: Judge | None = None
-    """There once something new has to be judged: a rerun loads no weights."""
+    """There once something new has to be judged: a rerun loads no weights, and does not even import torch."""
     fingerprint: str = ""
     homes: dict[str, list[Unit]] = field(default_factory=dict)
     """Where the images of a prompt lie, for a scorer that compares them with each other."""
@@ -117,6 +114,8 @@ class _Scoring:
                         f"than max_broken_share={self.config.max_broken_share:g}; mend or remove them, or raise it. "
                         f"The last: {next(r for r in self._reasons(unit_keys) if r.startswith((_BROKEN, FAILED)))}"
                     )
+        if self.judge is not None:
+            self.scorer.close()
         return [self.known[key] for key in keys]
 
     def _reasons(self, keys: Sequence[str]) -> Iterator[str]:
@@ -184,7 +183,9 @@ class _Scoring:
                 else:
                     requests[candidate.key] = request
         if self.judge is None:
-            self.scorer.load(self.device)
+            device = pick_device(self.config.device)
+            say(f"{self.scorer.metrics[0].name}: on {device.type}")
+            self.scorer.load(device)
             self.judge = Judge(
                 self.scorer, batch_size=self.config.batch_size, timeout_seconds=self.config.batch_timeout_seconds
             )

@@ -96,18 +96,32 @@ class PairConfig(Config):
     scores_dir: Path | None = None
     """Folder with the scores; null looks beside the candidates."""
     metric: str | None = None
-    """The metric that decides; null takes the only main metric there is."""
+    """The metric that decides, for strategies that go by one; null takes the only main metric there is."""
     higher_is_better: bool | None = None
     """Direction of the metric; null takes what its scorer says."""
-    strategy: Literal["best_worst", "top_bottom"] = "best_worst"
-    """best_worst: one pair a prompt, the best against the worst. top_bottom: each of the top k against each of the
-    bottom k."""
-    top_k: int = Field(2, ge=1)
-    """k of top_bottom."""
+    strategy: plugin("strategies") = "best_worst"  # type: ignore[valid-type]
+    """Which images of a prompt become pairs."""
+    missing: Literal["drop", "lose"] = "drop"
+    """What becomes of an image without a score that the strategy needs. drop: it is in no pair. lose: it may be
+    rejected, as the worst there is; for judges that find nothing to judge where an image is wrong, a face say."""
     min_margin: float = Field(0.0, ge=0)
-    """Drop pairs whose scores differ by less than this (in the metric's own unit); equal scores are always dropped."""
+    """Drop pairs whose margin is below this, in the unit of what decides; equal scores are always dropped."""
+    min_margin_norm: float = Field(0.0, ge=0)
+    """The same in units of the spread that the scores have within a prompt, over all prompts."""
     max_pairs_per_prompt: int | None = Field(None, ge=1)
     """Keep at most so many pairs of a prompt, those with the largest margin."""
+    max_pairs_per_image: int | None = Field(None, ge=1)
+    """Keep at most so many pairs with the same image, those with the largest margin."""
+    label_temperature: float | None = Field(None, gt=0)
+    """Soft labels: the probability that chosen is better is sigmoid(margin_norm / this), as of Bradley and Terry;
+    null: 1."""
+    test_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the prompts whose pairs go to a folder of their own, `<output_dir>-test`, and never into training."""
+    shuffle_labels: bool = False
+    """A control: swap chosen and rejected at random. What a model learns from such pairs, it did not learn from the
+    labels."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Decides which prompts are held out, and which labels are swapped."""
     output_dir: Path = Path("runs/pairs")
     """Folder for the pairs."""
 
@@ -358,6 +372,27 @@ class InspectConfig(Config):
     """Folder for the page and the contact sheet; null writes it to runs/inspect/<name>."""
 
 
+class ExportConfig(Config):
+    """Preference pairs -> files that other trainers read."""
+
+    format: Literal["pickapic", "webdataset"] = "pickapic"
+    """pickapic: Parquet with the columns of Pick-a-Pic, the winner on a random side; what the Diffusion-DPO scripts of
+    diffusers and Salesforce read. webdataset: tar files, each pair as chosen and rejected image and a .json."""
+    data: plugin("data") = "pairs"  # type: ignore[valid-type]
+    """The preference pairs."""
+    soft_labels: bool = False
+    """pickapic: write label probabilities as label_0 and label_1, which most trainers refuse or skip; false writes
+    1 and 0 whatever the probability."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """pickapic: decides, with the pair's id, which of its images is image 0."""
+    shard_size: int = Field(256, ge=1)
+    """Pairs per file; a crash loses at most one file."""
+    max_broken_share: float = Field(0.05, ge=0, le=1)
+    """Stop when more than this share of the rows is broken."""
+    output_dir: Path = Path("runs/export")
+    """Folder for the files; the same command again continues there."""
+
+
 class DemoConfig(Config):
     """Every verb, one after the other, on the pocket model."""
 
@@ -374,4 +409,5 @@ VERBS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,
+    "export": ExportConfig,
 }

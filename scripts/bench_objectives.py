@@ -21,7 +21,6 @@ import numpy as np
 from diffusion_dpo.config import load, override
 from diffusion_dpo.data.candidates import find_units
 from diffusion_dpo.data.scores import read_all_verdicts, read_facts
-from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes
 from diffusion_dpo.report.statistics import mean_interval
 from diffusion_dpo.settings import VERBS
@@ -109,18 +108,9 @@ def make_data(folder: Path, seed: int) -> None:
     drawn = {"prompts_path": folder / "prompts.txt", "num_images_per_prompt": 12, "sampling.guidance_scale": 1}
     verb("generate", drawn | {"seed": seed, "output_dir": candidates})
     verb("score", {"path": candidates, "scorers": ["clip"]})
-    verb("pair", {"path": candidates, "strategy": "top_bottom", "top_k": 3, "min_margin": 0.03, "output_dir": pairs})
-    shuffled = folder / "pairs-random"
-    if not shuffled.exists():
-        rng, rows = np.random.default_rng(seed), []
-        for row in read_rows(pairs, PAIRS.names):
-            if rng.random() < 0.5:
-                for what in ("", "_uid", "_scores"):
-                    chosen, rejected = row[f"chosen{what}"], row[f"rejected{what}"]
-                    row |= {f"chosen{what}": rejected, f"rejected{what}": chosen}
-            rows.append(row)
-        shuffled.mkdir()
-        write_shard(shuffled / "pairs-00000.parquet", rows, PAIRS)
+    paired = {"path": candidates, "strategy": {"type": "top_bottom", "top_k": 3}, "min_margin": 0.03}
+    verb("pair", paired | {"output_dir": pairs})
+    verb("pair", paired | {"shuffle_labels": True, "seed": seed, "output_dir": folder / "pairs-random"})
     draw(folder / "base", folder, seed)
 
 

@@ -244,7 +244,8 @@ def test_help_fits_and_is_complete(cls: type[Config], width: int) -> None:
         assert "preview.sampling.batch_size=4" in text  # the block's own default, not that of Sampling
         assert "[number, > 0]" in text
     if cls is PairConfig:
-        assert "[best_worst | top_bottom]" in text
+        assert "[drop | lose]" in text
+        assert "strategy.then=best_worst" in text, "a strategy within a strategy is named, and not opened"
 
 
 VALUES = [

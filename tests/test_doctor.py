@@ -41,7 +41,8 @@ def test_text_ends_with_the_verdict(capsys: pytest.CaptureFixture[str], monkeypa
 
 def test_a_hub_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(*_: object, **__: object) -> None:
-        time.sleep(5)
+        time.sleep(3)
+        raise OSError("at last")
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("urllib.request.urlopen", hang)

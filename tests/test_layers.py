@@ -15,8 +15,8 @@ PACKAGE = Path(importlib.util.find_spec("diffusion_dpo").origin).parent
 LAYERS = [
     {"registry", "interrupt"},
     {"config", "settings", "files", "console", "pocket", "device", "processes"},
-    {"losses", "data", "models", "scorers", "checkpoint", "tracking"},
-    {"sampling", "report", "card"},
+    {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
+    {"sampling", "report", "card", "pairing"},
     {"training"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other

@@ -1,8 +1,9 @@
-"""`pair`: the choice of pairs as a pure function, then the verb over scored candidates."""
+"""`pair` over scored candidates; the strategies themselves are in tests/strategies."""
 
+import io
 import itertools
 import json
-from collections import Counter
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,112 +13,12 @@ from PIL import Image
 from diffusion_dpo import pair, score
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data import PreferencePair
-from diffusion_dpo.data.images import pixel_hash
+from diffusion_dpo.data.images import decode_rgb, pixel_hash
 from diffusion_dpo.data.pairs import PairsData
 from diffusion_dpo.data.shards import CANDIDATES, SCORES, encode_png, image_struct, read_rows, write_shard
-from diffusion_dpo.pair import CAPPED, DUPLICATE, EQUAL, NARROW, NO_PROMPT, NO_SCORE, TOO_FEW, pick_pairs
+from diffusion_dpo.pairing import DUPLICATE, NO_PROMPT
 from diffusion_dpo.settings import PairConfig, ScoreConfig
-
-NAN = float("nan")
-
-
-def _picks(values: list[float], **settings: object) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """Pick with uids a, b, c, ...; return positions and drops."""
-    uids = [chr(ord("a") + i) for i in range(len(values))]
-    picks, drops = pick_pairs(uids, values, **{"higher_is_better": True, **settings})
-    return [(pick.chosen, pick.rejected) for pick in picks], dict(drops)
-
-
-def test_best_against_worst() -> None:
-    assert _picks([0.2, 0.9, 0.1, 0.5]) == ([(1, 2)], {})
-    assert _picks([0.2, 0.9, 0.1, 0.5], higher_is_better=False) == ([(2, 1)], {})
-
-
-def test_top_against_bottom() -> None:
-    picks, drops = _picks([4.0, 3.0, 2.0, 1.0, 0.0], top_k=2)
-    assert picks == [(0, 4), (0, 3), (1, 4), (1, 3)]
-    assert drops == {}
-
-
-def test_the_halves_never_overlap() -> None:
-    assert _picks([3.0, 2.0, 1.0], top_k=10) == ([(0, 2)], {})
-
-
-def test_scores_are_numbers_not_words() -> None:
-    assert _picks([9.0, 10.0]) == ([(1, 0)], {})
-
-
-def test_missing_is_not_a_number() -> None:
-    assert _picks([0.5, NAN, -3.0, float("inf")]) == ([(0, 2)], {NO_SCORE: 2})
-    assert _picks([NAN, 1.0]) == ([], {NO_SCORE: 1, TOO_FEW: 1})
-    assert _picks([]) == ([], {TOO_FEW: 1})
-
-
-def test_equal_scores_make_no_pair() -> None:
-    assert _picks([0.5, 0.5]) == ([], {EQUAL: 1})
-    assert _picks([0.0, -0.0]) == ([], {EQUAL: 1})
-    picks, drops = _picks([1.0, 1.0, 1.0, 0.0], top_k=2)
-    assert picks == [(0, 3), (1, 3)]
-    assert drops == {EQUAL: 2}
-
-
-def test_the_same_image_counts_once() -> None:
-    picks, drops = pick_pairs(["a", "a", "b"], [1.0, 1.0, 0.0], higher_is_better=True)
-    assert [(p.chosen, p.rejected) for p in picks] == [(0, 2)]
-    assert drops == {DUPLICATE: 1}
-    assert pick_pairs(["a", "a"], [1.0, 1.0], higher_is_better=True) == ([], Counter({DUPLICATE: 1, TOO_FEW: 1}))
-
-
-def test_margin_is_in_the_units_of_the_metric_and_inclusive() -> None:
-    assert _picks([1.0, 0.5], min_margin=0.5) == ([(0, 1)], {})
-    assert _picks([1.0, 0.5], min_margin=0.51) == ([], {NARROW: 1})
-    assert pick_pairs(["a", "b"], [1.0, 3.5], higher_is_better=False)[0][0].margin == 2.5
-
-
-def test_the_cap_keeps_the_widest() -> None:
-    picks, drops = _picks([4.0, 3.0, 1.0, 0.0], top_k=2, max_pairs=2)
-    assert picks == [(0, 3), (0, 2)]
-    assert drops == {CAPPED: 2}
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_laws(seed: int) -> None:
-    """Whatever the scores: order and direction are conventions, and every possible pair is kept or counted."""
-    rng = np.random.default_rng(seed)
-    count = int(rng.integers(2, 9))
-    values = rng.integers(0, 6, count).astype(float)  # ties are common
-    values[rng.random(count) < 0.15] = NAN
-    uids = [f"{i:02d}" for i in rng.permutation(count)]
-    settings = {
-        "top_k": [None, 1, 2, 3][seed % 4],
-        "min_margin": [0.0, 2.0][seed % 2],
-        "max_pairs": [None, 2][seed // 2 % 2],
-    }
-
-    def named(order: np.ndarray, sign: float, higher: bool) -> tuple[list[tuple[str, str, float]], Counter[str]]:
-        names = [uids[i] for i in order]
-        picks, drops = pick_pairs(names, list(sign * values[order]), higher_is_better=higher, **settings)
-        return [(names[p.chosen], names[p.rejected], p.margin) for p in picks], drops
-
-    straight = np.arange(count)
-    picks, drops = named(straight, 1, True)
-    assert named(rng.permutation(count), 1, True) == (picks, drops), "the order of the images"
-    assert named(straight, -1, False) == (picks, drops), "the sign of the metric"
-    flipped, flipped_drops = named(straight, 1, False)
-    assert flipped_drops == drops
-    if settings["max_pairs"] is None:
-        assert sorted((b, a, m) for a, b, m in flipped) == sorted(picks), "the direction swaps chosen and rejected"
-    score_of = dict(zip(uids, values, strict=True))
-    for chosen, rejected, margin in picks:
-        assert margin == score_of[chosen] - score_of[rejected] > 0
-        assert margin >= settings["min_margin"]
-    assert len(set(picks)) == len(picks)
-    usable = int(np.isfinite(values).sum())
-    k = min(settings["top_k"] or 1, usable // 2)
-    assert len(picks) + drops[EQUAL] + drops[NARROW] + drops[CAPPED] == k * k
-    assert drops[TOO_FEW] == (usable < 2)
-    assert picks == sorted(picks, key=lambda p: -p[2])
-
+from diffusion_dpo.strategies.plan import NARROW, TOO_FEW
 
 # --- the verb --------------------------------------------------------------------------------------------------------
 
@@ -298,3 +199,92 @@ def test_pairs_are_read_back_as_training_reads_them(candidates: Path) -> None:
     assert all(isinstance(found, PreferencePair) for found in pairs)
     ids = [row["pair_id"] for row in read_rows(folder, pattern="pairs-*.parquet")]
     assert [found.pair_id for found in pairs if isinstance(found, PreferencePair)] == ids
+
+
+def test_a_strategy_of_several_metrics(candidates: Path) -> None:
+    with pytest.raises(ConfigError, match=r"metric=sharpnes has not been scored; there are: brightness"):
+        _pair(candidates, "pairs", "strategy={type: pareto, metrics: [brightness, sharpnes]}")
+    gate = "strategy={type: gate, gates: [{metric: brightness, max: 0.5}], then: top_bottom}"
+    folder = _pair(candidates, "gated", gate, "metric=brightness")
+    assert {row["prompt"]: row["chosen_uid"] for row in read_rows(folder, pattern="pairs-*.parquet")} == {
+        "A": pixel_hash(_image(90)),
+        "B": pixel_hash(_image(70)),
+    }
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["labelled_by"] == ["brightness"]
+    assert manifest["drops"]["images that do not pass the gate on brightness"] == 1
+
+
+def test_soft_labels_follow_the_margin(candidates: Path) -> None:
+    rows = list(read_rows(_pair(candidates, "soft", "label_temperature=2"), pattern="pairs-*.parquet"))
+    for row in rows:
+        assert row["label_prob"] == pytest.approx(1 / (1 + math.exp(-row["margin_norm"] / 2)))
+    assert rows[0]["margin_norm"] / rows[1]["margin_norm"] == pytest.approx(rows[0]["margin"] / rows[1]["margin"])
+    deviations = [(40, 200, 10, 90), (70, 60), (50,), (30,)]
+    squares = sum(((np.array(values) / 255 - np.mean(values) / 255) ** 2).sum() for values in deviations)
+    assert rows[0]["margin"] / rows[0]["margin_norm"] == pytest.approx(math.sqrt(squares / (8 - 4)))
+
+
+def test_prompts_are_held_out_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    rows = [_row(f"prompt {i}", k, 20 + i + 100 * k) for i in range(40) for k in range(2)]
+    write_shard(folder / "images-00000.parquet", rows, CANDIDATES)
+    score.run(load(ScoreConfig, None, [f"path={folder}", "scorers=[brightness]", "device=cpu"]))
+    train = _pair(folder, "pairs", "test_share=0.3", "strategy=all_pairs")
+    test = train.with_name("pairs-test")
+    prompts = [{row["prompt"] for row in read_rows(it, pattern="pairs-*.parquet")} for it in (train, test)]
+    assert not prompts[0] & prompts[1]
+    assert len(prompts[0] | prompts[1]) == 40
+    assert 4 <= len(prompts[1]) <= 20
+    other = _pair(folder, "other", "test_share=0.3", "seed=1").with_name("other-test")
+    assert {row["prompt"] for row in read_rows(other, pattern="pairs-*.parquet")} != prompts[1]
+    assert next(iter(PairsData(path=train).read())).prompt not in prompts[1], "training reads one folder, not both"
+
+
+def test_shuffled_labels_are_right_half_of_the_time(tmp_path: Path) -> None:
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    rows = [_row(f"prompt {i}", k, 1 + i % 50 + 100 * k) for i in range(200) for k in range(2)]
+    write_shard(folder / "images-00000.parquet", rows, CANDIDATES)
+    score.run(load(ScoreConfig, None, [f"path={folder}", "scorers=[brightness]", "device=cpu"]))
+    shuffled = _pair(folder, "shuffled", "shuffle_labels=true")
+    found = [pair for pair in PairsData(path=shuffled).read() if isinstance(pair, PreferencePair)]
+    right = [it.chosen_scores["brightness"] > it.rejected_scores["brightness"] for it in found]
+    assert 70 <= sum(right) <= 130, "five standard deviations"
+    assert all(it.margin is None for it in found)
+    assert all(
+        decode_rgb(it.chosen).getpixel((0, 0)) == (round(it.chosen_scores["brightness"] * 255),) * 3 for it in found
+    )
+    assert json.loads((shuffled / "manifest.json").read_text())["labelled_by"] == []
+
+
+def test_the_users_photograph_is_chosen_as_a_generated_image_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "candidates"
+    folder.mkdir()
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    file = io.BytesIO()
+    wide.save(file, "JPEG", quality=95)
+    references = [image_struct(file.getvalue()), image_struct(b"not an image")]
+    rows = [_row("A", k, 40 * k + 9) | {"references": references} for k in range(2)] + [_row("B", 0, 8)]
+    write_shard(folder / "images-00000.parquet", rows, CANDIDATES)
+    pairs = list(PairsData(path=_pair(folder, "pairs", "strategy=real_vs_generated")).read())
+    assert "pairs with a broken photograph" in capsys.readouterr().out
+    assert {it.rejected_uid for it in pairs} == {pixel_hash(_image(9)), pixel_hash(_image(49))}
+    chosen = decode_rgb(pairs[0].chosen)
+    assert chosen.size == (32, 32)
+    assert pairs[0].chosen.startswith(b"\x89PNG")
+    assert np.abs(np.asarray(chosen)[8:24, 8:24] - np.array([0, 0, 255])).mean() < 10, "its middle, not squashed"
+    assert pairs[0].chosen_origin == {"model": "photograph"}
+    assert json.loads((folder.parent / "pairs" / "manifest.json").read_text())["num_pairs"] == 2
+
+
+def test_images_of_other_settings_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [_row("A", k, 40 * k + 9) | {"settings_hash": str(k)} for k in range(2)]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    score.run(load(ScoreConfig, None, [f"path={tmp_path}", "scorers=[brightness]", "device=cpu"]))
+    pair.run(load(PairConfig, None, [f"path={tmp_path}", f"output_dir={tmp_path / 'pairs'}"]))
+    assert "made with 2 different settings" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from diffusion_dpo.cli import main
 from diffusion_dpo.config import load
 from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.scorers import Scorer, ScoreRequest
-from diffusion_dpo.settings import VERBS, CompareConfig, ScoreConfig, TrainConfig
+from diffusion_dpo.settings import VERBS, CompareConfig, PairConfig, ScoreConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -171,6 +171,17 @@ def test_the_ranking_of_extend_md_is_dpo_for_two_images() -> None:
         hinge.over_images(replace(errors, labels=torch.full((5, 2), label))).loss for label in (1.0, 0.0)
     )
     torch.testing.assert_close(liked + disliked, expected.mean(1))
+
+
+@pytest.mark.usefixtures("extensions")
+def test_the_strategy_of_extend_md_makes_a_chain() -> None:
+    from diffusion_dpo.strategies.plan import make_table, pick_pairs
+
+    strategy = load(PairConfig, None, ["strategy=my_strategies:Neighbours"]).strategy
+    uids, scores = ["x", "y", "z"], {"a": np.array([1.0, 3.0, 2.0])}
+    table, _ = make_table(uids, scores, strategy, main="a", higher_is_better={"a": True}, scale={"a": 1.0})
+    picks, _ = pick_pairs(table, strategy)
+    assert [(table.uids[pick.chosen], table.uids[pick.rejected]) for pick in picks] == [("y", "z"), ("z", "x")]
 
 
 @pytest.mark.usefixtures("extensions")

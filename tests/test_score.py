@@ -379,3 +379,17 @@ def test_a_black_image_is_no_image(candidates: Path, capsys: pytest.CaptureFixtu
     _score(candidates, _counting())
     assert _values(candidates, "counting")[-1] is None
     assert "1 missing: black all over" in capsys.readouterr().out
+
+
+def test_a_rerun_imports_nothing_heavy(candidates: Path) -> None:
+    """Served from the cache it takes a tenth of a second; torch alone would take two."""
+    _score(candidates, "scorers=[clip, pocket_scene]")
+    before = _snapshot(candidates)
+    code = (
+        "import sys; from diffusion_dpo.__main__ import main; "
+        f"assert main(['score', 'path={candidates}', 'scorers=[clip, pocket_scene]']) == 0; "
+        "print('heavy:', {'torch', 'open_clip', 'transformers'} & sys.modules.keys())"
+    )
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: set()" in again.stdout
+    assert _snapshot(candidates) == before

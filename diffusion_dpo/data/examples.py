@@ -153,7 +153,7 @@ def form_examples(
         if not examples:
             raise ConfigError(
                 f"no prompt has {list_size} distinct scored images (loss.list_size); pair with strategy=top_bottom "
-                "and a larger top_k, or lower loss.list_size"
+                "and a larger strategy.top_k, or lower loss.list_size"
             )
     else:
         examples = _single_images(records, indices, sides)

@@ -54,7 +54,7 @@ def read_metadata(folder: Path, keys: Sequence[str], example: str) -> Iterator[t
     Raises ConfigError, showing `example`, when there is no such file.
     """
     for number, line in _lines(folder, example):
-        yield f"{METADATA} line {number}", _parse(line, keys)
+        yield f"{METADATA} line {number}", parse_object(line, keys)
 
 
 def count_metadata(folder: Path, example: str) -> int:
@@ -81,12 +81,17 @@ def _lines(folder: Path, example: str) -> Iterator[tuple[int, bytes]]:
         raise ConfigError(f"cannot read {metadata}: {error.strerror}") from error
 
 
-def _parse(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
-    """Return the object of a line, or why it is none."""
+def parse_object(line: bytes, keys: Sequence[str]) -> dict[str, Any] | str:
+    """Return the object of a line of JSON, or why it is none that has the keys."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return "not valid JSON"
+    return check_object(entry, keys)
+
+
+def check_object(entry: Any, keys: Sequence[str]) -> dict[str, Any] | str:
+    """Return what was read of JSON, or why it is no object that has the keys."""
     if not isinstance(entry, dict):
         return "not a JSON object"
     missing = [key for key in keys if key not in entry]

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -73,6 +73,11 @@ def decode_rgb(data: bytes, *, min_side_px: int = 32) -> Image.Image:
         raise BrokenImage(f"larger than {MAX_PIXELS // 1_000_000} megapixels") from None
     except _DECODING_ERRORS as error:
         raise BrokenImage(_explain(data, error)) from error
+
+
+def fit_to(image: Image.Image, size_px: tuple[int, int]) -> Image.Image:
+    """Return the middle of an image at (width, height), scaled to cover it, without distortion."""
+    return ImageOps.fit(image, size_px, Image.Resampling.LANCZOS)
 
 
 def pixel_hash(image: Image.Image) -> str:

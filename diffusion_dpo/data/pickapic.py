@@ -1,21 +1,22 @@
 """Rows with the columns of Pick-a-Pic (Kirstain et al., arXiv 2305.01569): two images and a human's choice."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.rows import Ties, make_labelled_pair
+from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
 from diffusion_dpo.data.stamps import stamp_of
 
 _REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
-_OPTIONAL = ("has_label", "label_1")
+_OPTIONAL = ("has_label", "label_1", "model_0", "model_1")
 
 
 class PickapicData(PairSource):
     """Parquet with `jpg_0`, `jpg_1` (encoded images), `label_0` (1: the first is better, 0.5: a tie) and `caption`.
 
-    Where there are `has_label` and `label_1`, they are heeded.
+    Where there are `has_label`, `label_1`, `model_0` and `model_1`, they are heeded.
     """
 
     path: Path
@@ -39,7 +40,10 @@ class PickapicData(PairSource):
         label, images = row["label_0"], (row["jpg_0"], row["jpg_1"])
         if "label_1" in row and label is not None and not _complement(label, row["label_1"]):
             return Dropped(where, "label_0 and label_1 do not add up to 1")
-        return make_labelled_pair(where, row["caption"], images, label, ties=self.ties, source="pickapic")
+        models = (row.get("model_0"), row.get("model_1"))
+        return make_labelled_pair(
+            where, row["caption"], images, label, ties=self.ties, source="pickapic", models=models
+        )
 
     def num_rows(self) -> int:
         """Return the number of rows, from the files' footers."""
@@ -52,6 +56,34 @@ class PickapicData(PairSource):
         from diffusion_dpo.data import shards
 
         return stamp_of(shards.parquet_files(self.path))
+
+
+def pickapic_row(pair: PreferencePair, *, seed: int, soft_labels: bool, num_pairs_of_prompt: int) -> dict[str, Any]:
+    """Return a pair as a row of `shards.PICKAPIC`.
+
+    Which side is image 0 is drawn from the seed and the content, never taken from where the image was before: what
+    looks at sides must learn nothing. Without `soft_labels` the label is 1 or 0 whatever its probability; a tie is 0.5
+    in any case.
+    """
+    identity = pair_id(pair.prompt, pair.chosen, pair.rejected)
+    chosen = hashlib.sha256(f"{seed} {identity}".encode()).digest()[0] & 1
+    certain = pair.label_prob if soft_labels or pair.label_prob == 0.5 else 1.0
+    row: dict[str, Any] = {
+        "are_different": True,
+        "best_image_uid": "tie" if pair.label_prob == 0.5 else pair.chosen_uid,
+        "caption": pair.prompt,
+        "has_label": True,
+        "num_example_per_prompt": num_pairs_of_prompt,
+        "ranking_id": int(identity[:15], 16),
+    }
+    sides = (
+        (pair.chosen, pair.chosen_uid, pair.chosen_origin),
+        (pair.rejected, pair.rejected_uid, pair.rejected_origin),
+    )
+    for side, label, (image, uid, origin) in zip((chosen, 1 - chosen), (certain, 1 - certain), sides, strict=True):
+        model = str(origin.get("model") or "").encode(errors="replace").decode()
+        row |= {f"jpg_{side}": image, f"image_{side}_uid": uid, f"label_{side}": label, f"model_{side}": model}
+    return row
 
 
 def _complement(label: Any, other: Any) -> bool:

@@ -5,6 +5,8 @@ Everything that can be said of a row alone is said here; images are decoded, and
 
 import hashlib
 import math
+import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 from diffusion_dpo.data import Dropped, PreferencePair
@@ -29,7 +31,7 @@ def make_pair(
 
     Both images go through together, so a broken one can never leave its partner to a neighbour.
     """
-    fault = _prompt_fault(prompt)
+    fault = prompt_fault(prompt)
     if fault:
         return Dropped(where, fault)
     images: list[bytes] = []
@@ -53,7 +55,7 @@ def make_pair(
 
 def make_labelled_image(where: str, prompt: Any, image: Any, label: Any, *, source: str) -> PreferencePair | Dropped:
     """Return a single image with `label`, whether it is liked, as a pair whose other side is empty."""
-    fault = _prompt_fault(prompt)
+    fault = prompt_fault(prompt)
     if fault:
         return Dropped(where, fault)
     if label not in (0, 1, False, True):
@@ -66,7 +68,7 @@ def make_labelled_image(where: str, prompt: Any, image: Any, label: Any, *, sour
     return PreferencePair(pair_id(prompt, chosen, rejected), prompt, chosen, rejected, source=source, where=where)
 
 
-def _prompt_fault(prompt: Any) -> str:
+def prompt_fault(prompt: Any) -> str:
     """Say what is wrong with a prompt, "" when nothing is."""
     if not isinstance(prompt, str) or not prompt.strip():
         return "no prompt" if prompt is None or isinstance(prompt, str) else "the prompt is not text"
@@ -77,12 +79,30 @@ def _prompt_fault(prompt: Any) -> str:
     return ""
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a row is a number that can be reckoned with: no text, no truth value, not NaN or infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def origin_of(model: Any) -> dict[str, Any]:
+    """Return what is known of an image's origin where a column names the model that drew it, or does not."""
+    return {"model": model} if isinstance(model, str) and model else {}
+
+
 def make_labelled_pair(
-    where: str, prompt: Any, images: tuple[Any, Any], label: Any, *, ties: Ties, source: str
+    where: str,
+    prompt: Any,
+    images: tuple[Any, Any],
+    label: Any,
+    *,
+    ties: Ties,
+    source: str,
+    models: tuple[Any, Any] = (None, None),
 ) -> PreferencePair | Dropped:
     """Return the pair of a row with two images and `label`, the probability in [0, 1] that the first is better.
 
-    A tie is dropped, or kept as a pair with `label_prob` 0.5.
+    A tie is dropped, or kept as a pair with `label_prob` 0.5. The origins keep which image was the first (`position`
+    0) and which the second (1), and the models where they are known.
     """
     if label is None:
         return Dropped(where, "no label")
@@ -92,5 +112,10 @@ def make_labelled_pair(
         return Dropped(where, "no label" if math.isnan(label) else "the label is not between 0 and 1")
     if label == 0.5 and ties == "drop":
         return Dropped(where, "tie", broken=False)
-    chosen, rejected = images if label >= 0.5 else images[::-1]
-    return make_pair(where, prompt, chosen, rejected, source=source, label_prob=max(float(label), 1 - label))
+    chosen, rejected = (0, 1) if label >= 0.5 else (1, 0)
+    label_prob = max(float(label), 1 - label)
+    pair = make_pair(where, prompt, images[chosen], images[rejected], source=source, label_prob=label_prob)
+    if isinstance(pair, Dropped):
+        return pair
+    origins = [{"position": position, **origin_of(models[position])} for position in (chosen, rejected)]
+    return replace(pair, chosen_origin=origins[0], rejected_origin=origins[1])

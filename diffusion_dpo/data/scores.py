@@ -6,11 +6,12 @@ count, so values of two versions of a judge are never compared with each other.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data.shards import located_rows
+from diffusion_dpo.data.shards import located_rows, read_columns
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,21 @@ def read_all_verdicts(folder: Path, facts: dict[str, MetricFacts]) -> dict[str, 
         for path in shards_of(folder, scorer):
             for key, verdicts in read_verdicts(path, fingerprint).items():
                 found.setdefault(key, {}).update(verdicts)
+    return found
+
+
+def read_values(folder: Path, facts: Mapping[str, MetricFacts]) -> dict[str, dict[str, float]]:
+    """Return the current values of some metrics, {metric: {key: value}}: columns at a time, for very many images.
+
+    NaN where an image could not be scored; raises ConfigError for a shard that cannot be read.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in facts}
+    for scorer, fingerprint in sorted({(fact.scorer, fact.fingerprint) for fact in facts.values()}):
+        for path in shards_of(folder, scorer):
+            columns = read_columns(path, ["key", "metric", "value", "fingerprint"])
+            for key, metric, value, made_by in zip(*columns, strict=True):
+                if made_by == fingerprint and metric in found:
+                    found[metric][key] = math.nan if value is None else value
     return found
 
 

@@ -90,6 +90,26 @@ PAIRS = _schema(
 )
 """pairs/<name>/pairs-*.parquet; the scores and origins are JSON objects."""
 
+PICKAPIC = _schema(
+    {
+        "are_different": pa.bool_(),
+        "best_image_uid": pa.string(),
+        "caption": pa.string(),
+        "has_label": pa.bool_(),
+        "image_0_uid": pa.string(),
+        "image_1_uid": pa.string(),
+        "jpg_0": pa.binary(),
+        "jpg_1": pa.binary(),
+        "label_0": pa.float64(),
+        "label_1": pa.float64(),
+        "model_0": pa.string(),
+        "model_1": pa.string(),
+        "num_example_per_prompt": pa.int64(),
+        "ranking_id": pa.int64(),
+    }
+)
+"""What `export` writes for other trainers: the columns of Pick-a-Pic that can be known, the images as bytes."""
+
 
 def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write rows with exactly the schema's columns, the whole file or none of it."""
@@ -133,6 +153,17 @@ def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[t
             for row in rows:
                 yield f"{file.name} row {index}", row
                 index += 1
+
+
+def read_columns(file: Path, columns: Sequence[str]) -> list[list[Any]]:
+    """Return whole columns of a file without images, each as a list; raises ConfigError as `read_rows` does."""
+    with _open(file) as parquet:
+        _require(file, columns, parquet.schema_arrow.names)
+        try:
+            table = parquet.read(columns=list(columns), use_threads=False)
+            return [table.column(name).to_pylist() for name in columns]
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _damaged(file, error) from error
 
 
 def parquet_files(path: Path, pattern: str = "*.parquet") -> list[Path]:

@@ -86,3 +86,6 @@ class Scorer(Plugin):
     def score(self, batch: Sequence[ScoreRequest]) -> Scores:
         """Judge a batch. Values do not depend on what else is in the batch."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Say what there is to say of the whole run; called once, after the last batch, if anything was judged."""

@@ -8,6 +8,7 @@ from diffusion_dpo.config import ConfigError
 POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_OLD_WEIGHTS = "open_clip_pytorch_model.bin"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
 _MODEL_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".txt", ".model")
 
@@ -37,7 +38,7 @@ def locate(model: str, pretrained: str | None) -> list[Path]:
     if model.startswith(LOCAL):
         return _local_files(Path(model.removeprefix(LOCAL)))
     if model.startswith(HUB):
-        return [_hub_file(model.removeprefix(HUB))]
+        return _hub_files(model.removeprefix(HUB))
     assert pretrained is not None, "an architecture name comes with pretrained"
     return [_pretrained_file(model, pretrained)]
 
@@ -65,29 +66,54 @@ def _local_files(folder: Path) -> list[Path]:
     return files
 
 
-def _hub_file(repository: str) -> Path:
-    from open_clip.pretrained import download_pretrained_from_hf
+def _hub_files(repository: str) -> list[Path]:
+    """Return config and weights, from the cache of the hub or from the hub."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
 
     try:
-        return Path(download_pretrained_from_hf(repository))
-    except (OSError, RuntimeError, ValueError) as error:
+        config = Path(hub.hf_hub_download(repository, _CONFIG))
+        try:
+            return [config, Path(hub.hf_hub_download(repository, _WEIGHTS))]
+        except (errors.EntryNotFoundError, errors.LocalEntryNotFoundError):
+            return [config, Path(hub.hf_hub_download(repository, _OLD_WEIGHTS))]
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise ConfigError(
             f"scorer clip: cannot download {HUB}{repository}; get {_CONFIG}, the tokenizer's files and {_WEIGHTS} "
             f"from https://huggingface.co/{repository} into a folder and set model to {LOCAL}<that folder>"
         ) from error
 
 
+def check_architecture(name: str) -> None:
+    """Raise ConfigError, with the nearest right name, for an architecture that open_clip does not have."""
+    import open_clip
+
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        raise ConfigError(f"open_clip has no architecture {name!r}. Did you mean {near[0]!r}?")
+
+
+def preprocessing(architecture: str, pretrained: str) -> str:
+    """Say how open_clip prepares images for the weights of a tag; the same for every file that is given by its path.
+
+    A file needs no open_clip for it, so that a rerun, which only asks for fingerprints, is quick.
+    """
+    if Path(pretrained).is_file():
+        return "{}"
+    import open_clip
+
+    return str(open_clip.get_pretrained_cfg(architecture, pretrained))
+
+
 def _pretrained_file(architecture: str, pretrained: str) -> Path:
     """Return the weights of an architecture: the file that `pretrained` names, or its tag's."""
+    if Path(pretrained).is_file():
+        return Path(pretrained)
     import open_clip
     from open_clip.pretrained import download_pretrained
 
-    known = open_clip.list_models()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=1, cutoff=0.0)
-        raise ConfigError(f"scorer clip: open_clip has no architecture {architecture!r}. Did you mean {near[0]!r}?")
-    if Path(pretrained).is_file():
-        return Path(pretrained)
+    check_architecture(architecture)
     tag = open_clip.get_pretrained_cfg(architecture, pretrained)
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"

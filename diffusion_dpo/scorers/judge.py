@@ -8,15 +8,20 @@ import re
 import signal
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import warn
 from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _RANGE_TOLERANCE = 1e-4
 """How far, relative to the width of the range, rounding may carry a value out of it."""
@@ -64,7 +69,7 @@ class Judge:
         Equal requests are scored once, so that they tie exactly: in two batches, rounding could set them apart.
         """
         _refuse_lacking(self.scorer, requests)
-        keys = [_content(request) for request in requests]
+        keys = _keys(requests)
         unique = dict(zip(keys, requests, strict=True))
         scores = self._score_unique(list(unique.values()), advance)
         advance(len(requests) - len(unique))
@@ -199,11 +204,30 @@ def warn_if_constant(metrics: Sequence[Metric], values: Mapping[str, np.ndarray]
             warn(f"{metric.name} is {known[0]:g} for all {len(known)} images, so it cannot tell better from worse")
 
 
-def _content(request: ScoreRequest) -> tuple[str, ...]:
-    """Equal for requests with the same pixels, prompt and references."""
-    images = (request.image, *request.references, *request.rivals)
-    hashes = (f"{i.size} {hashlib.sha256(i.tobytes()).hexdigest()}" for i in images)
-    return (request.prompt, str(len(request.references)), *hashes)
+def _keys(requests: Sequence[ScoreRequest]) -> list[tuple[str | bytes, ...]]:
+    """Return keys that are equal for requests with the same pixels, prompt, references and rivals.
+
+    Hashing every pixel takes as long as a small judge does; only what a few pixels cannot tell apart needs it.
+    """
+    rough = [(request.prompt, *_each(_sample, request)) for request in requests]
+    times = Counter(rough)
+    return [
+        (*key, *_each(_digest, request)) if times[key] > 1 else key
+        for key, request in zip(rough, requests, strict=True)
+    ]
+
+
+def _each(describe: "Callable[[Image.Image], bytes]", request: ScoreRequest) -> Iterator[str | bytes]:
+    yield str(len(request.references))
+    yield from (describe(image) for image in (request.image, *request.references, *request.rivals))
+
+
+def _sample(image: "Image.Image") -> bytes:
+    return b"%d %d " % image.size + image.resize((16, 16), resample=0).tobytes()  # 0: the nearest pixels
+
+
+def _digest(image: "Image.Image") -> bytes:
+    return hashlib.sha256(image.tobytes()).digest()
 
 
 def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:

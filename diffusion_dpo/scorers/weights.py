@@ -1,6 +1,7 @@
 """Where a judge's weights are: a file, a folder, or the hub; and how they are read: never by running what they say."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from diffusion_dpo.console import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_SMALL_FILES, _SAFE = ("*.json", "*.txt", "*.model"), "*.safetensors"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -39,24 +42,22 @@ class Weights:
             return local / name
         return self._download(name)
 
-    def folder(self) -> Path:
-        """Return the local folder of a model of transformers, downloading it if need be; raises ConfigError."""
+    def folder(self, *, has_weights: bool = True) -> Path:
+        """Return the local folder of a model of transformers, downloading it if need be; raises ConfigError.
+
+        With `has_weights=False` it is that of a preprocessor or a tokenizer alone.
+        """
         local = Path(self.pretrained)
         if local.is_file():
-            raise ConfigError(f"scorer {self.scorer}: pretrained={local} is a file; give the folder that holds it")
+            raise ConfigError(f"scorer {self.scorer}: {local} is a file; give the folder that holds it")
+        marker = "config.json" if has_weights else "preprocessor_config.json"
         if not local.is_dir():
-            config = self._download("config.json")
-            try:
-                self._download("model.safetensors")
-            except ConfigError:  # an older model, or one in several files
-                self._download_all()
-            else:
-                self._download_all(weights=False)
-            return config.parent
-        if not (local / "config.json").is_file():
-            raise self.missing(f"{local} lacks config.json", local)
-        if not any([*local.glob("*.safetensors"), *local.glob("*.bin")]):
-            raise self.missing(f"{local} has config.json but no model.safetensors", local)
+            local = self._download(marker).parent
+            self._download_folder(has_weights=has_weights)
+        if not (local / marker).is_file():
+            raise self.missing(f"{local} lacks {marker}", local)
+        if has_weights and not any([*local.glob("*.safetensors"), *local.glob("*.bin")]):
+            raise self.missing(f"{local} has {marker} but no model.safetensors", local)
         return local
 
     def missing(self, what: str, folder: Path | str) -> ConfigError:
@@ -77,15 +78,22 @@ class Weights:
             say(f"scorer {self.scorer}: {self.pretrained} is not pinned; now at revision={_revision_of(path)}")
         return path
 
-    def _download_all(self, *, weights: bool = True) -> None:
+    def _download_folder(self, *, has_weights: bool) -> None:
+        """Bring all files of a model; pickles only where there are no safetensors."""
+        if not has_weights:
+            self._download_matching(_SMALL_FILES)
+        elif not any(path.suffix == ".safetensors" for path in self._download_matching((*_SMALL_FILES, _SAFE))):
+            self._download_matching(("pytorch_model*.bin",))
+
+    def _download_matching(self, patterns: Sequence[str]) -> list[Path]:
         import huggingface_hub as hub
         from huggingface_hub import errors
 
-        patterns = [*_MODEL_FILES, "pytorch_model*.bin"] if weights else [p for p in _MODEL_FILES if "safe" not in p]
         try:
-            hub.snapshot_download(self.pretrained, revision=self.revision, allow_patterns=patterns)
+            folder = hub.snapshot_download(self.pretrained, revision=self.revision, allow_patterns=list(patterns))
         except (OSError, errors.HTTPError, errors.HFValidationError) as error:
             raise self._unreachable("its files", error) from error
+        return list(Path(folder).iterdir())
 
     def _unreachable(self, name: str, error: Exception) -> ConfigError:
         return self.missing(
@@ -99,9 +107,17 @@ def content_hash(files: Sequence[Path]) -> str:
     """Return a hash of names and bytes, the same wherever and whenever the files were written."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file's bytes; that of a large file in the hub's cache is its name there."""
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def files_of(folder: Path) -> list[Path]:

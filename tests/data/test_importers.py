@@ -79,6 +79,17 @@ def test_pickapic_labels_are_numbers(tmp_path, label):
     assert reason(item) == "the label is not a number"
 
 
+def test_pickapic_keeps_which_image_was_where_and_of_which_model(tmp_path):
+    columns = {"caption": ["x", "y", "z"], "jpg_0": [A] * 3, "jpg_1": [B] * 3, "label_0": [1.0, 0.0, 0.0]}
+    models = {"model_0": ["m", "m", None], "model_1": ["n", "n", ""], "num_example_per_prompt": [7, 7, 7]}
+    pq.write_table(pa.table(columns | models), tmp_path / "a.parquet")
+    first, second, third = PickapicData(path=tmp_path).read()
+    zero, one = {"position": 0, "model": "m"}, {"position": 1, "model": "n"}
+    assert (first.chosen, first.chosen_origin, first.rejected_origin) == (A, zero, one)
+    assert (second.chosen, second.chosen_origin, second.rejected_origin) == (B, one, zero)
+    assert (third.chosen_origin, third.rejected_origin) == ({"position": 1}, {"position": 0})
+
+
 def test_pickapic_rows_without_a_label_are_fine_and_not_wanted(tmp_path):
     columns = {"caption": ["x"] * 2, "jpg_0": [A] * 2, "jpg_1": [B] * 2, "label_0": [1.0, 1.0]}
     pq.write_table(pa.table(columns | {"has_label": [False, True]}), tmp_path / "a.parquet")

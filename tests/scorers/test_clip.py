@@ -1,6 +1,8 @@
 """CLIP through the real open_clip, with a tiny model in a folder."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import ScoreRequest
 from diffusion_dpo.scorers.clip import Clip
+from diffusion_dpo.scorers.clip_image import ClipImage
 from diffusion_dpo.scorers.judge import judge
 
 CPU = torch.device("cpu")
@@ -20,8 +23,14 @@ def _clip(folder: Path, **settings: str) -> Clip:
     return Clip(type="clip", model=f"local-dir:{folder}", **settings)
 
 
-def _loaded(folder: Path, **settings: str) -> Clip:
-    scorer = _clip(folder, **settings)
+def _loaded(folder: Path) -> Clip:
+    scorer = _clip(folder)
+    scorer.load(CPU)
+    return scorer
+
+
+def _loaded_for_images(folder: Path) -> ClipImage:
+    scorer = ClipImage(type="clip_image", model=f"local-dir:{folder}")
     scorer.load(CPU)
     return scorer
 
@@ -47,14 +56,14 @@ def test_equals_open_clip_by_hand(clip_dir: Path, images: list[Image.Image]) -> 
 
 
 def test_an_image_is_most_like_itself(clip_dir: Path, images: list[Image.Image]) -> None:
-    scorer = _loaded(clip_dir, mode="image")
+    scorer = _loaded_for_images(clip_dir)
     values = judge(scorer, [ScoreRequest(image, references=(images[0],)) for image in images], batch_size=4).values
     assert values["clip_image"].argmax() == 0
     assert values["clip_image"][0] == pytest.approx(1, abs=1e-5)
 
 
 def test_several_references_are_averaged(clip_dir: Path, images: list[Image.Image]) -> None:
-    scorer = _loaded(clip_dir, mode="image")
+    scorer = _loaded_for_images(clip_dir)
     references = [(images[1],), (images[2],), (images[1], images[2])]
     values = judge(scorer, [ScoreRequest(images[0], references=r) for r in references], batch_size=4).values
     first, second, both = values["clip_image"]
@@ -68,28 +77,35 @@ def test_a_long_prompt_keeps_its_end_token(
     prompts = ["abc" * 10, "xyz" * 10]
     values = judge(scorer, [ScoreRequest(images[0], prompt) for prompt in prompts], batch_size=2).values["clip_text"]
     assert values[0] != pytest.approx(values[1], abs=1e-4), "without its end token every prompt is the same"
-    assert "2 of 2 prompts are longer than CLIP's 12 tokens" in capsys.readouterr().out
-    judge(scorer, [ScoreRequest(images[0], "short")], batch_size=1)
+    assert "2 of 2 prompts are longer than the model's 12 tokens" in capsys.readouterr().out
+    judge(scorer, [ScoreRequest(images[0], "pqr" * 10)], batch_size=1)
+    assert "longer" not in capsys.readouterr().out, "once is enough"
+
+
+def test_a_short_prompt_is_not_called_long(
+    clip_dir: Path, images: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge(_loaded(clip_dir), [ScoreRequest(images[0], "short")], batch_size=1)
     assert "longer" not in capsys.readouterr().out
 
 
 def test_a_prompt_is_encoded_once(clip_dir: Path, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = _loaded(clip_dir)
-    assert scorer._live is not None
+    assert scorer._clip is not None
     encoded: list[int] = []
-    encode_text = scorer._live.model.encode_text
+    encode_text = scorer._clip.model.encode_text
 
     def counted(tokens: torch.Tensor, normalize: bool) -> torch.Tensor:
         encoded.append(len(tokens))
         return encode_text(tokens, normalize=normalize)
 
-    monkeypatch.setattr(scorer._live.model, "encode_text", counted)
+    monkeypatch.setattr(scorer._clip.model, "encode_text", counted)
     judge(scorer, [ScoreRequest(image, "red") for image in images], batch_size=2)
     assert encoded == [1]
 
 
 def test_the_model_is_frozen_and_in_eval_mode(clip_dir: Path) -> None:
-    live = _loaded(clip_dir)._live
+    live = _loaded(clip_dir)._clip
     assert live is not None
     assert not any(module.training for module in live.model.modules())
     assert not any(parameter.requires_grad for parameter in live.model.parameters())
@@ -106,7 +122,7 @@ def test_the_pocket_clip_judges_captions_of_its_world_alone(images: list[Image.I
 
 def test_two_clips_side_by_side(clip_dir: Path) -> None:
     assert _clip(clip_dir, name="l14").metrics[0].name == "clip_text_l14"
-    assert _clip(clip_dir, name="l14", mode="image").metrics[0].name == "clip_image_l14"
+    assert ClipImage(type="clip_image", name="l14").metrics[0].name == "clip_image_l14"
 
 
 def test_the_fingerprint_is_that_of_the_content(clip_dir: Path, tmp_path: Path) -> None:
@@ -114,7 +130,7 @@ def test_the_fingerprint_is_that_of_the_content(clip_dir: Path, tmp_path: Path) 
     shutil.copytree(clip_dir, copy)
     before = _clip(clip_dir).fingerprint()
     assert _clip(copy).fingerprint() == before
-    assert _clip(copy, mode="image").fingerprint() != before
+    assert ClipImage(type="clip_image", model=f"local-dir:{copy}").fingerprint() != before
     config = copy / "open_clip_config.json"
     config.write_text(config.read_text().replace("bicubic", "bilinear"))
     assert _clip(copy).fingerprint() != before
@@ -165,3 +181,20 @@ def test_unknown_architecture_tag_or_file() -> None:
         Clip(type="clip", model="ViT-B32", pretrained="openai").fingerprint()
     with pytest.raises(ConfigError, match=r"neither a file nor a tag of ViT-B-32 .*openai"):
         Clip(type="clip", model="ViT-B-32", pretrained="nonsense").fingerprint()
+
+
+def test_an_unknown_architecture_beside_a_file(clip_dir: Path) -> None:
+    file = clip_dir / "open_clip_model.safetensors"
+    with pytest.raises(ConfigError, match="Did you mean 'ViT-B-32'"):
+        Clip(type="clip", model="ViT-B32", pretrained=str(file)).load(CPU)
+
+
+def test_the_fingerprint_of_files_needs_no_heavy_library(clip_dir: Path) -> None:
+    """A rerun asks for fingerprints alone."""
+    code = (
+        "import sys; from diffusion_dpo.scorers.clip import Clip; "
+        f"Clip(type='clip').fingerprint(); Clip(type='clip', model='local-dir:{clip_dir}').fingerprint(); "
+        f"Clip(type='clip', model='ViT-B-32', pretrained='{clip_dir}/open_clip_model.safetensors').fingerprint(); "
+        "print({'open_clip', 'torch', 'transformers'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

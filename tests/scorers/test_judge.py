@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,34 @@ def test_equal_requests_are_judged_once_and_still_counted() -> None:
     assert scorer._batches == [3]
     assert sum(done) == 6
     np.testing.assert_allclose(scores.values["gray"] * 255, [0, 1, 2, 0, 1, 2])
+
+
+def test_only_wholly_equal_requests_are_one() -> None:
+    """A pixel anywhere, the prompt, a reference or a rival may be the difference."""
+    plain = Image.new("RGB", (200, 200))
+    other = plain.copy()
+    other.putpixel((121, 77), (0, 0, 1))
+    requests = [
+        ScoreRequest(plain),
+        ScoreRequest(other),
+        ScoreRequest(plain.resize((100, 400))),
+        ScoreRequest(plain, "a prompt"),
+        ScoreRequest(plain, references=(plain,)),
+        ScoreRequest(plain, references=(other,)),
+        ScoreRequest(plain, rivals=(plain,)),
+        ScoreRequest(plain, rivals=(other,)),
+    ]
+    scorer = Gray()
+    Judge(scorer, batch_size=16).score([*requests, *(replace(r, image=r.image.copy()) for r in requests)])
+    assert scorer._batches == [len(requests)]
+
+
+def test_pixels_are_hashed_only_where_a_few_of_them_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To hash a whole image takes longer than some judges do."""
+    hashed: list[Image.Image] = []
+    monkeypatch.setattr("diffusion_dpo.scorers.judge._digest", lambda image: hashed.append(image) or b"")
+    Judge(Gray(), batch_size=16).score([*REQUESTS, REQUESTS[0]])
+    assert hashed == [REQUESTS[0].image] * 2
 
 
 def test_no_requests() -> None:

@@ -11,19 +11,14 @@ def make_clip(folder: Path) -> Path:
     import torch
     from open_clip import CLIP
     from safetensors.torch import save_file
-    from transformers import CLIPTokenizer
 
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    CLIPTokenizer(
-        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=CONTEXT_LENGTH
-    ).save_pretrained(folder)
+    num_tokens = save_tokenizer(folder)
     model = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
         "text_cfg": {
             "context_length": CONTEXT_LENGTH,
-            "vocab_size": len(vocabulary),
+            "vocab_size": num_tokens,
             "hf_tokenizer_name": "local",
             "width": 32,
             "heads": 2,
@@ -38,3 +33,15 @@ def make_clip(folder: Path) -> Path:
     config = {"model_cfg": model, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
     return folder
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Write a tokenizer of single letters; return how many tokens it has, the last two of them start and end."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)}, merges=[], model_max_length=CONTEXT_LENGTH
+    ).save_pretrained(folder)
+    return len(vocabulary)

@@ -1,0 +1,199 @@
+"""JSON over HTTP: what the judges behind a server have in common. One function asks, waits, retries, gives up."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.scorers import Scorer
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+MAX_ANSWER_BYTES = 16 * 2**20
+_FIRST_WAIT_SECONDS = 0.5
+_MAX_WAIT_SECONDS = 60.0
+_QUOTED_CHARACTERS = 200
+"""How much of an answer an error message repeats."""
+_ADVICE = {
+    401: "set api_key_env to the environment variable that holds a valid key",
+    403: "set api_key_env to the environment variable that holds a valid key",
+    404: "mend `url`",
+    413: "lower batch_size",
+}
+
+
+class Refused(ConfigError):  # noqa: N818 - what the server did
+    """The server refused a request (4xx); `answer` is what it said."""
+
+    def __init__(self, text: str, answer: str) -> None:
+        super().__init__(text)
+        self.answer = answer
+
+
+class RemoteScorer(Scorer):
+    """A judge behind a URL: where it is, how long to wait, and which environment variable holds the key."""
+
+    url: str
+    """Address of the server, http:// or https://."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the API key; the key itself is never stored."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """How long one request may take."""
+    max_retries: int = Field(4, ge=0)
+    """How often a request is sent again, ever later, when the server cannot be reached, is busy (429) or fails (5xx);
+    what it refuses (4xx) is not sent again."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_can_be_asked(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or " " in url:
+            raise ValueError("must be an http:// or https:// address")
+        if "@" in parts.netloc:
+            raise ValueError("must hold no user and no password, since it is stored; use api_key_env")
+        return url
+
+    def load(self, device: "torch.device") -> None:
+        """See that the key is there; raises ConfigError."""
+        read_api_key(self.api_key_env)
+
+    def post(self, url: str, body: Mapping[str, Any]) -> Any:
+        """Return the server's answer, as `post_json`, with the key and the patience of the settings."""
+        return post_json(
+            url,
+            body,
+            api_key=read_api_key(self.api_key_env),
+            timeout_seconds=self.timeout_seconds,
+            max_retries=self.max_retries,
+        )
+
+
+def read_api_key(name: str | None) -> str | None:
+    """Return the key that an environment variable holds; raises ConfigError, without the key, when it is no key."""
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise ConfigError(f"api_key_env names the environment variable {name!r}, which is not set; set it to your key")
+    if not key.isascii() or not key.isprintable():
+        raise ConfigError(f"the environment variable {name!r} holds more than one line of plain characters; mend it")
+    return key
+
+
+def as_png(image: "Image.Image") -> str:
+    """Return an image as a PNG file in base64."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def post_json(
+    url: str, body: Mapping[str, Any], *, api_key: str | None, timeout_seconds: float, max_retries: int
+) -> Any:
+    """Post JSON and return the JSON that comes back, all of its numbers as they are written.
+
+    Raises Refused on 4xx, and ConfigError when there is no answer after the retries, when it is larger than
+    MAX_ANSWER_BYTES, or when it is not JSON (which knows no NaN and no Infinity).
+    """
+    data = json.dumps(body, allow_nan=False).encode()
+    for tries in range(1, max_retries + 2):
+        retry_after: float | None = None
+        try:
+            return _parsed(url, _ask_once(url, data, api_key, timeout_seconds))
+        except urllib.error.HTTPError as error:
+            answer = _read_error(error, api_key)
+            trouble = f"{error.code} {error.reason}" + (f" ({_quoted(answer)})" if answer else "")
+            if error.code != 429 and error.code < 500:
+                advice = _ADVICE.get(error.code, "mend the settings" if error.code >= 400 else "mend `url`")
+                raise Refused(f"{url} refused the request with {trouble}; {advice}", answer) from None
+            retry_after = _seconds(error.headers.get("Retry-After"))
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            late = isinstance(reason, TimeoutError)
+            trouble = f"no answer within timeout_seconds={timeout_seconds:g}" if late else _quoted(str(reason))
+            trouble = trouble or type(reason).__name__
+        if tries <= max_retries:
+            wait = _FIRST_WAIT_SECONDS * 2 ** (tries - 1) if retry_after is None else retry_after
+            time.sleep(min(wait, _MAX_WAIT_SECONDS))
+    times = f"{tries} tries, the last of which ended with" if tries > 1 else "1 try:"
+    raise ConfigError(
+        f"{url} gave no answer after {times} {trouble.replace(api_key or chr(0), '[key]')}; see that the server runs "
+        "and that `url` is right, or raise timeout_seconds or max_retries"
+    )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows nothing: the request, and the key with it, is for the server that the settings name."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _ask_once(url: str, data: bytes, api_key: str | None, timeout_seconds: float) -> str:
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "diffusion-dpo"}
+    request = urllib.request.Request(url, data, headers, method="POST")
+    if api_key:
+        request.add_unredirected_header("Authorization", f"Bearer {api_key}")
+    deadline = time.monotonic() + timeout_seconds
+    content = bytearray()
+    opener = urllib.request.build_opener(_NoRedirect)
+    with opener.open(request, timeout=timeout_seconds) as response:
+        while chunk := response.read1(2**16):
+            content += chunk
+            if len(content) > MAX_ANSWER_BYTES:
+                raise ConfigError(
+                    f"{url} answered with more than {MAX_ANSWER_BYTES // 2**20} MiB, which is no list of scores; see "
+                    "that `url` is right"
+                )
+            if time.monotonic() > deadline:  # the socket's timeout is one of silence, and a trickle is not silent
+                raise TimeoutError
+        if response.length:
+            raise http.client.IncompleteRead(bytes(content), response.length)
+    return _without_key(content.decode("utf-8", errors="replace"), api_key)
+
+
+def _parsed(url: str, text: str) -> Any:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON, use null")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if "is not JSON" in str(error) else "it is not JSON"
+        raise ConfigError(f"cannot use the answer of {url}, {reason}: {_quoted(text) or 'empty'}") from None
+
+
+def _read_error(error: urllib.error.HTTPError, api_key: str | None) -> str:
+    try:
+        return _without_key(error.read(2**16).decode("utf-8", errors="replace"), api_key)
+    except (OSError, http.client.HTTPException):
+        return ""
+    finally:
+        error.close()
+
+
+def _without_key(text: str, api_key: str | None) -> str:
+    """Remove the key from what a server said: it will be logged."""
+    return text.replace(api_key, "[key]") if api_key else text
+
+
+def _quoted(text: str) -> str:
+    return " ".join(text.split())[:_QUOTED_CHARACTERS]
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Read `Retry-After: 3`; a date is rare, and waited for as for no header at all."""
+    text = (retry_after or "").strip()
+    return float(text) if text.isascii() and text.isdigit() else None

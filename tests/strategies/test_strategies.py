@@ -1,0 +1,281 @@
+"""Every strategy on small tables whose right pairs are known, and the laws that hold for all of them."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.registry import TABLES
+from diffusion_dpo.settings import PairConfig
+from diffusion_dpo.strategies import Strategy
+from diffusion_dpo.strategies.majority import NO_MAJORITY, VETOED
+from diffusion_dpo.strategies.pareto import NOT_DOMINATED
+from diffusion_dpo.strategies.plan import (
+    CAPPED,
+    EQUAL,
+    NARROW,
+    NO_SCORE,
+    TOO_FEW,
+    Limits,
+    make_table,
+    pick_pairs,
+    spread_within,
+)
+
+NAN = float("nan")
+NO_LIMITS = Limits()
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pareto": {"metrics": ["a", "b"]},
+    "majority": {"metrics": ["a", "b", "c"]},
+    "weighted": {"weights": {"a": 1.0, "b": 2.0}},
+    "gate": {"gates": [{"metric": "c", "min": 1.0}]},
+}
+
+
+def strategy(name: str, **settings: Any) -> Strategy:
+    block = {"type": name} | SETTINGS.get(name, {}) | settings
+    return load(PairConfig, None, [f"strategy={block}"]).strategy
+
+
+def picks(
+    how: Strategy,
+    scores: dict[str, list[float]],
+    *,
+    limits: Limits = NO_LIMITS,
+    missing: str = "drop",
+    lower: tuple[str, ...] = (),
+    scale: float = 1.0,
+    uids: str = "",
+    num_photos: int = 0,
+) -> tuple[list[tuple[str, str]], dict[str, int], list[float]]:
+    """Pairs by the letters of their images (A, B, ...), drops, and margins."""
+    count = len(next(iter(scores.values())))
+    names = list(uids or [chr(ord("A") + i) for i in range(count)])
+    table, lacking = make_table(
+        names,
+        {name: np.array(values) for name, values in scores.items()},
+        how,
+        main="a" if how.uses_main else "",
+        higher_is_better={name: name not in lower for name in scores},
+        scale=dict.fromkeys(scores, scale),
+        missing=missing,
+        num_photos=num_photos,
+    )
+    found, drops = pick_pairs(table, how, limits)
+    named = [(f"photo {p.chosen}" if p.photo else table.uids[p.chosen], table.uids[p.rejected]) for p in found]
+    return named, dict(lacking + drops), [p.margin for p in found]
+
+
+def test_best_against_worst() -> None:
+    assert picks(strategy("best_worst"), {"a": [0.2, 0.9, 0.1, 0.5]})[:2] == ([("B", "C")], {})
+    assert picks(strategy("best_worst"), {"a": [0.2, 0.9, 0.1, 0.5]}, lower=("a",))[0] == [("C", "B")]
+
+
+def test_top_against_bottom() -> None:
+    values = {"a": [4.0, 3.0, 2.0, 1.0, 0.0]}
+    assert picks(strategy("top_bottom", top_k=2), values)[0] == [("A", "E"), ("A", "D"), ("B", "E"), ("B", "D")]
+    assert picks(strategy("top_bottom", top_k=10), {"a": [3.0, 2.0, 1.0]})[0] == [("A", "C")], "halves never overlap"
+    eight = {"a": [float(i) for i in range(8)]}
+    assert len(picks(strategy("top_bottom", top_share=0.25), eight)[0]) == 4
+    assert len(picks(strategy("top_bottom", top_share=0.01), eight)[0]) == 1
+
+
+def test_all_pairs() -> None:
+    found, drops, margins = picks(strategy("all_pairs"), {"a": [1.0, 3.0, 1.0]})
+    assert found == [("B", "A"), ("B", "C")]
+    assert drops == {EQUAL: 1}
+    assert margins == [2, 2]
+
+
+def test_scores_are_numbers_not_words() -> None:
+    assert picks(strategy("best_worst"), {"a": [9.0, 10.0]})[0] == [("B", "A")]
+
+
+def test_missing_is_not_a_number_and_neither_wins_nor_loses() -> None:
+    values = {"a": [0.5, NAN, -3.0, float("inf")]}
+    assert picks(strategy("best_worst"), values)[:2] == ([("A", "C")], {NO_SCORE: 2})
+    assert picks(strategy("best_worst"), {"a": [NAN, 1.0]})[:2] == ([], {NO_SCORE: 1, TOO_FEW: 1})
+
+
+def test_missing_may_lose_and_then_never_wins() -> None:
+    for lower in ((), ("a",)):
+        found, drops, margins = picks(strategy("all_pairs"), {"a": [0.5, NAN, NAN, 0.5]}, missing="lose", lower=lower)
+        assert found == [("A", "B"), ("A", "C"), ("D", "B"), ("D", "C")]
+        assert drops == {EQUAL: 2}
+        assert margins == [math.inf] * 4
+    assert picks(strategy("best_worst"), {"a": [NAN, NAN]}, missing="lose")[:2] == ([], {EQUAL: 1})
+
+
+def test_only_what_decides_may_be_missing() -> None:
+    """A metric that the strategy does not look at costs no image."""
+    assert picks(strategy("best_worst"), {"a": [1.0, 2.0], "b": [NAN, NAN]})[0] == [("B", "A")]
+    assert picks(strategy("pareto"), {"a": [1.0, 2.0, 3.0], "b": [NAN, 2.0, 3.0]})[:2] == ([("C", "B")], {NO_SCORE: 1})
+
+
+def test_pareto_wants_every_metric() -> None:
+    scores = {"a": [3.0, 2.0, 1.0, 2.0], "b": [3.0, 1.0, 2.0, 1.0]}
+    found, drops, _ = picks(strategy("pareto"), scores)
+    assert found == [("A", "B"), ("A", "C"), ("A", "D")]
+    assert drops == {NOT_DOMINATED: 3}
+    assert picks(strategy("pareto"), scores, lower=("b",))[0] == [("B", "C"), ("D", "C")], "b turned around"
+    assert picks(strategy("pareto", min_gain=2.0), scores)[0] == [("A", "B"), ("A", "C"), ("A", "D")]
+    assert picks(strategy("pareto", min_gain=2.0), scores, scale=2.0)[0] == [], "in normalised units"
+
+
+def test_the_majority_decides_unless_one_is_far_against_it() -> None:
+    scores = {"a": [1.0, 0.0], "b": [1.0, 0.0], "c": [0.0, 0.9]}
+    found, drops, margins = picks(strategy("majority"), scores)
+    assert (found, drops) == ([("A", "B")], {})
+    assert margins == [pytest.approx((1 + 1 - 0.9) / 3)]
+    assert picks(strategy("majority"), scores | {"c": [0.0, 1.1]})[:2] == ([], {VETOED: 1})
+    assert picks(strategy("majority", min_agree=3), scores)[:2] == ([], {NO_MAJORITY: 1})
+    assert picks(strategy("majority"), {"a": [1.0, 0.0], "b": [0.0, 0.0], "c": [0.0, 0.0]})[1] == {NO_MAJORITY: 1}
+
+
+def test_two_sides_can_never_both_have_a_majority() -> None:
+    with pytest.raises(ConfigError, match=r"min_agree=2 is not a majority of 4"):
+        strategy("majority", metrics=["a", "b", "c", "d"], min_agree=2)
+    with pytest.raises(ConfigError, match=r"min_agree=4 is not a majority of 3"):
+        strategy("majority", min_agree=4)
+
+
+def test_weights_count_ranks_not_units() -> None:
+    scores = {"a": [0.1, 0.2, 0.3], "b": [3000.0, 1000.0, 2000.0]}
+    assert picks(strategy("weighted"), scores)[0] == [("A", "B")]
+    found, _, margins = picks(strategy("weighted", then="all_pairs"), scores)
+    sums = {"A": (0 + 2 * 1) / 3, "B": (0.5 + 0) / 3, "C": (1 + 2 * 0.5) / 3}
+    assert margins[0] == pytest.approx(sums["A"] - sums["B"])
+    assert found == [("A", "B"), ("C", "B")], "A and C tie"
+    assert picks(strategy("weighted", weights={"a": 5.0, "b": 1.0}), scores)[0] == [("C", "A")]
+    assert picks(strategy("weighted", weights={"a": 5.0, "b": 1.0}), scores, lower=("a",))[0] == [("A", "C")]
+
+
+def test_win_rate_is_the_mean_over_the_others() -> None:
+    values = [0.0, 1.0, 3.0]
+    how = strategy("weighted", weights={"a": 1.0}, normalise="win_rate", temperature=0.5)
+    rates = [
+        np.mean([expit((x - y) / 2.0 / 0.5) for j, y in enumerate(values) if j != i]) for i, x in enumerate(values)
+    ]
+    assert picks(how, {"a": values}, scale=2.0)[2] == [pytest.approx(rates[2] - rates[0])]
+
+
+def test_robust_z_ignores_an_outlier_and_what_does_not_vary() -> None:
+    how = strategy("weighted", weights={"a": 1.0, "b": 1.0}, normalise="robust_z")
+    scores = {"a": [0.0, 1.0, 2.0, 3.0, 1000.0], "b": [1.0, 1.0, 1.0, 1.0, 5.0]}
+    (margin,) = picks(how, scores)[2]
+    assert margin == pytest.approx(0.5 * 1000 / 1.4826, rel=1e-3), "median 2, deviation 1; b does not vary by it"
+
+
+def test_a_gate_is_no_score() -> None:
+    scores = {"a": [9.0, 3.0, 2.0, 1.0], "c": [0.0, 1.0, NAN, 1.0]}
+    found, drops, _ = picks(strategy("gate"), scores)
+    assert found == [("B", "D")]
+    assert drops == {"images that do not pass the gate on c": 2}
+    assert picks(strategy("gate", failed="lose", then="all_pairs"), scores)[0] == [
+        ("B", "A"),
+        ("B", "C"),
+        ("D", "A"),
+        ("D", "C"),
+        ("B", "D"),
+    ]
+    assert picks(strategy("gate"), {"a": [1.0, 2.0], "c": [0.0, 1.0]})[0] == [], "one image that passes is no pair"
+    bounds = [{"metric": "c", "min": 1, "max": 1}, {"metric": "a", "max": 2}]
+    assert picks(strategy("gate", gates=bounds), scores)[1]["images that do not pass the gate on a"] == 1
+
+
+def test_a_gate_without_bounds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the gate on c needs min or max"):
+        strategy("gate", gates=[{"metric": "c"}])
+
+
+def test_a_gate_before_votes() -> None:
+    how = strategy("gate", then={"type": "pareto", "metrics": ["a", "b"]})
+    scores = {"a": [3.0, 2.0, 1.0], "b": [3.0, 2.0, 1.0], "c": [0.0, 1.0, 1.0]}
+    assert picks(how, scores)[0] == [("B", "C")]
+    assert (how.named, how.gated, how.uses_main) == (("a", "b"), ("c",), False)
+
+
+def test_photographs_are_chosen_over_everything_drawn() -> None:
+    how = strategy("real_vs_generated")
+    found, _, margins = picks(how, {"a": [1.0, NAN]}, num_photos=2)
+    assert found == [("photo 0", "A"), ("photo 0", "B"), ("photo 1", "A"), ("photo 1", "B")]
+    assert margins == [math.inf] * 4
+    assert picks(how, {"a": [1.0]}, num_photos=1)[0] == [("photo 0", "A")]
+    assert picks(how, {"a": [1.0, 2.0]})[0] == []
+    assert not how.needs_scores
+
+
+def test_margins_have_a_smallest_one_in_either_unit() -> None:
+    scores = {"a": [1.0, 0.5]}
+    assert picks(strategy("best_worst"), scores, limits=Limits(min_margin=0.5))[0] == [("A", "B")], "inclusive"
+    assert picks(strategy("best_worst"), scores, limits=Limits(min_margin=0.51))[:2] == ([], {NARROW: 1})
+    assert picks(strategy("best_worst"), scores, limits=Limits(min_margin_norm=2.0), scale=0.25)[0] == [("A", "B")]
+    assert picks(strategy("best_worst"), scores, limits=Limits(min_margin_norm=2.1), scale=0.25)[1] == {NARROW: 1}
+
+
+def test_caps_keep_the_widest() -> None:
+    scores = {"a": [4.0, 3.0, 1.0, 0.0]}
+    per_prompt = picks(strategy("all_pairs"), scores, limits=Limits(max_pairs_per_prompt=2))
+    assert per_prompt[:2] == ([("A", "D"), ("A", "C")], {CAPPED: 4})
+    per_image = picks(strategy("all_pairs"), scores, limits=Limits(max_pairs_per_image=1))
+    assert per_image[:2] == ([("A", "D"), ("B", "C")], {CAPPED: 4})
+
+
+def test_the_unit_of_margins_is_the_spread_within_prompts() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(2000), 8)
+    values = rng.normal(0, 0.5, groups.shape) + rng.normal(0, 100, 2000)[groups]
+    assert spread_within(values, groups) == pytest.approx(0.5, rel=0.02), "not the 100 between prompts"
+    values[::3] = NAN
+    assert spread_within(values, groups) == pytest.approx(0.5, rel=0.02)
+    assert spread_within(np.array([1.0, 1.0]), np.array([0, 0])) == 1
+    assert spread_within(np.array([NAN, 3.0]), np.array([0, 1])) == 1
+
+
+@pytest.mark.parametrize("name", TABLES["strategies"])
+@pytest.mark.parametrize("seed", range(12))
+def test_laws(name: str, seed: int) -> None:
+    """Whatever the scores, and whatever the strategy."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(2, 9))
+    scores = {metric: rng.integers(0, 6, count).astype(float) for metric in "abc"}  # ties are common
+    for values in scores.values():
+        values[rng.random(count) < 0.15] = NAN
+    uids = "".join(rng.permutation(list("ABCDEFGH"))[:count])
+    how, missing = strategy(name), ["drop", "lose"][seed % 2]
+    limits = Limits(max_pairs_per_image=[None, 1][seed // 2 % 2])
+
+    def run(order: np.ndarray, sign: float = 1.0) -> tuple[list[tuple[str, str]], dict[str, int], list[float]]:
+        turned = {metric: (sign if metric != "c" else 1.0) * values[order] for metric, values in scores.items()}
+        return picks(
+            how,
+            {metric: values.tolist() for metric, values in turned.items()},
+            limits=limits,
+            missing=missing,
+            lower=("a", "b") if sign < 0 else (),
+            uids="".join(np.array(list(uids))[order]),
+            num_photos=1,
+        )
+
+    straight = np.arange(count)
+    found, drops, margins = run(straight)
+    assert run(rng.permutation(count)) == (found, drops, margins), "the order of the images"
+    if name != "majority":  # c has one direction only, there
+        assert run(straight, -1.0) == (found, drops, margins), "the sign of a metric"
+    assert len(set(found)) == len(found)
+    assert not {(b, a) for a, b in found} & set(found), "no contradiction"
+    assert all(margin > 0 for margin in margins)
+    assert margins == sorted(margins, reverse=True)
+    assert min(drops.values(), default=1) > 0
+    score_of = {uid: {metric: scores[metric][i] for metric in "abc"} for i, uid in enumerate(uids)}
+    for chosen, rejected in found:
+        if name != "real_vs_generated":
+            assert all(not math.isnan(score_of[chosen][metric]) for metric in how.named), "what is missing never wins"
+            if missing == "drop":
+                assert all(not math.isnan(score_of[rejected][metric]) for metric in how.named)
+    if limits.max_pairs_per_image:
+        assert max(Counter(image for pair in found for image in pair).values(), default=0) <= 1
