@@ -390,9 +390,9 @@ class InspectConfig(Config):
     path: Path = Path("runs/pairs")
     """A folder of pairs or candidates, a Parquet file, a folder with metadata.jsonl, or a folder of images."""
     num_images: int = Field(24, ge=0)
-    """Images on the contact sheet."""
+    """Images on the page and on the contact sheet; of pairs, those with the widest and the narrowest margins."""
     output_dir: Path | None = None
-    """Folder for the contact sheet; null writes it to runs/inspect/<name>."""
+    """Folder for the page and the contact sheet; null writes it to runs/inspect/<name>."""
 
 
 class ExportConfig(Config):

@@ -146,10 +146,11 @@ def test_every_kind_is_counted_drawn_and_left_alone(make, tmp_path, capsys, monk
     (tmp_path / "the data").mkdir()
     path = make(tmp_path / "the data")
     before = folder_hash(path)
-    sheet = run(InspectConfig(path=path))
+    page = run(InspectConfig(path=path))
     assert folder_hash(path) == before
-    assert sheet == Path("runs/inspect/the data/contact-sheet.png")
-    with Image.open(sheet) as image:
+    assert page == Path("runs/inspect/the data/inspect.html")
+    assert page.read_text("utf-8").count("<img ") >= 2
+    with Image.open(page.with_name("contact-sheet.png")) as image:
         image.load()
         assert min(image.size) > 150
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -157,10 +158,40 @@ def test_every_kind_is_counted_drawn_and_left_alone(make, tmp_path, capsys, monk
         assert words in out
 
 
-def test_a_sheet_is_not_drawn_when_nobody_asks_for_it(tmp_path):
+@pytest.mark.parametrize("make", [pairs_folder, candidates_folder])
+def test_no_image_is_shown_when_nobody_asks_for_it(make, tmp_path):
     (tmp_path / "d").mkdir()
-    assert run(InspectConfig(path=pairs_folder(tmp_path / "d"), num_images=0, output_dir=tmp_path / "out")) is None
-    assert not (tmp_path / "out").exists()
+    page = run(InspectConfig(path=make(tmp_path / "d"), num_images=0, output_dir=tmp_path / "out"))
+    assert [it.name for it in (tmp_path / "out").iterdir()] == ["inspect.html"]
+    assert "<img" not in page.read_text("utf-8")
+
+
+def test_candidates_of_two_settings_in_one_folder_are_warned_of(tmp_path, capsys):
+    for name, settings_hash in (("00000", "h1"), ("00001", "h2")):
+        (tmp_path / name).mkdir()
+        file = candidates_folder(tmp_path / name) / "images-00000.parquet"
+        rows = [row | {"settings_hash": settings_hash} for row in shards.read_rows(file)]
+        (tmp_path / "d").mkdir(exist_ok=True)
+        shards.write_shard(tmp_path / "d" / f"images-{name}.parquet", rows, shards.CANDIDATES)
+    page = run(InspectConfig(path=tmp_path / "d", output_dir=tmp_path / "out"))
+    for text in (capsys.readouterr().out, page.read_text("utf-8")):
+        assert "drawn with 2 different settings (settings_hash: 5 x h1, 5 x h2)" in text
+    run(InspectConfig(path=tmp_path / "00000", output_dir=tmp_path / "out"))
+    assert "different settings" not in capsys.readouterr().out
+
+
+def test_judges_of_candidates_are_compared_in_their_own_directions(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("diffusion_dpo.console._console.width", 200)
+    (tmp_path / "d").mkdir()
+    path = candidates_folder(tmp_path / "d")
+    rows = list(shards.read_rows(path / "scores-clip-00000.parquet"))
+    facts = {"name": "lpips", "higher_is_better": False, "auxiliary": False}
+    header = {"scorer": "lpips", "licence": "BSD", "fingerprint": "f", "metrics": [facts]}
+    (path / "scores-lpips.json").write_text(json.dumps(header))
+    worse = [row | {"metric": "lpips", "value": -row["value"]} for row in rows]
+    shards.write_shard(path / "scores-lpips-00000.parquet", worse, shards.SCORES)
+    run(InspectConfig(path=path, output_dir=tmp_path / "out"))
+    assert "tau of clip, lpips │ 1.00, over 1 prompt" in " ".join(capsys.readouterr().out.split())
 
 
 def test_nothing_there_says_what_was_seen_and_what_is_expected(tmp_path):

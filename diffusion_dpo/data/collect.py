@@ -9,6 +9,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -29,10 +30,14 @@ _ITEMS_AT_ONCE = 64
 _ROWS_PER_BATCH = 4096
 _MAX_THREADS = 8
 _NAMES_SHOWN = 3
-_BOTH_DIRECTIONS = "labelled in both directions"
+BOTH_DIRECTIONS = "labelled in both directions"
+AGAIN = "the same pair again"
+SAME_IMAGE = "chosen and rejected are the same image"
 
 T = TypeVar("T")
 R = TypeVar("R")
+Look = Callable[[int, PreferencePair, tuple[Image.Image | None, Image.Image | None]], None]
+"""Gets a pair's row, the pair, and its decoded images, chosen first; None for a side that is not there."""
 
 
 def collect(source: PairSource, *, max_broken_share: float, index_dir: Path | None = None) -> Collected:
@@ -64,8 +69,10 @@ def collect(source: PairSource, *, max_broken_share: float, index_dir: Path | No
     return found
 
 
-def survey(source: PairSource) -> Collected:
+def survey(source: PairSource, *, look: Look | None = None) -> Collected:
     """Decode and compare every row of a source, judging nothing: `collect` without messages, limits and shortcuts.
+
+    `look` is called, in threads, for every pair whose images can be used, while they are decoded.
 
     Dropped are, beside what the source drops itself: images that do not decode, two images with equal pixels, a pair
     that was there before (whichever file format holds it), and pairs that are labelled in both directions.
@@ -76,7 +83,7 @@ def survey(source: PairSource) -> Collected:
     waiting: list[PairRecord] = []
     dropped: list[tuple[int, Dropped]] = []
     with progress("checking pairs", source.num_rows(), "pairs") as advance:
-        for row, checked in enumerate(in_order(_check, enumerate(source.read()))):
+        for row, checked in enumerate(in_order(partial(_check, look), enumerate(source.read()))):
             advance()
             fault = checked if isinstance(checked, Dropped) else seen.fault(checked)
             if fault is not None:
@@ -90,7 +97,7 @@ def survey(source: PairSource) -> Collected:
     pairs = pa.concat_batches([*batches, pairs_batch(waiting)])
     for number in seen.disowned:
         row, where = (pairs.column(name)[number].as_py() for name in ("row", "where"))
-        dropped.append((row, Dropped(where, _BOTH_DIRECTIONS, broken=False)))
+        dropped.append((row, Dropped(where, BOTH_DIRECTIONS, broken=False)))
     keep = np.ones(pairs.num_rows, dtype=bool)
     keep[seen.disowned] = False
     temporary = TemporaryDirectory(prefix="diffusion-dpo-")
@@ -123,8 +130,8 @@ class _Seen:
             if before != -1:
                 self.disowned.append(before // 3)
                 self._accepted[key] = -1
-            return Dropped(record.where, _BOTH_DIRECTIONS, broken=False)
-        return Dropped(record.where, "the same pair again", broken=False)
+            return Dropped(record.where, BOTH_DIRECTIONS, broken=False)
+        return Dropped(record.where, AGAIN, broken=False)
 
 
 def describe_drops(dropped: Iterable[Dropped]) -> Iterator[str]:
@@ -159,27 +166,32 @@ def _mask_fault(data: bytes, sizes_px: set[tuple[int, int]]) -> str:
     return "" if used.getbbox() else "mask: all black in the square that is trained on"
 
 
-def _check(numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropped:
+def _check(look: Look | None, numbered: tuple[int, PreferencePair | Dropped]) -> PairRecord | Dropped:
     row, item = numbered
     if isinstance(item, Dropped):
         return item
     where = item.where or item.pair_id
-    facts = []
+    facts: list[tuple[str, tuple[int, int]]] = []
+    images: list[Image.Image | None] = []
     for side, data in (("chosen", item.chosen), ("rejected", item.rejected)):
         if not data:  # an image that was judged by itself
             facts.append(("", (0, 0)))
+            images.append(None)
             continue
         try:
             image = decode_rgb(data)
         except BrokenImage as error:
             return Dropped(where, f"{side}: {error}")
         facts.append((pixel_hash(image), image.size))
+        images.append(image)
     (chosen_uid, chosen_size_px), (rejected_uid, rejected_size_px) = facts
     if chosen_uid == rejected_uid:
-        return Dropped(where, "chosen and rejected are the same image")
+        return Dropped(where, SAME_IMAGE)
     fault = _mask_fault(item.mask, {chosen_size_px, rejected_size_px})
     if fault:
         return Dropped(where, fault)
+    if look is not None:
+        look(row, item, (images[0], images[1]))
     return PairRecord(
         row=row,
         where=where,

@@ -29,10 +29,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Block:
-    """Tiles that belong together, and what they have in common."""
+    """Tiles that belong together, what they have in common, and a few words on how they differ."""
 
     title: str
     tiles: tuple[Tile, ...]
+    note: str = ""
 
 
 def draw_sheet(heading: str, blocks: Sequence[Block]) -> Image.Image:
@@ -60,7 +61,7 @@ def draw_sheet(heading: str, blocks: Sequence[Block]) -> Image.Image:
             x, y = left + i % columns * (_TILE_PX + _GAP_PX), upper + i // columns * tile_height
             _draw_tile(page, draw, tile, x, y)
             draw.text((x, y + _TILE_PX + 4), _fit(tile.caption, caption, _TILE_PX), _FAINT, caption)
-        for i, line in enumerate(_wrap(block.title, title, width)):
+        for i, line in enumerate(_wrap(" · ".join(filter(None, [block.note, block.title])), title, width)):
             draw.text((left, upper + lines * tile_height + i * line_px), line, _INK, title)
     return page
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_dpo.report import MetricResult
-from diffusion_dpo.report.words import number
+from diffusion_dpo.report.words import MINUS, number
 
 FOREST_WIDTH_PX, FOREST_HEIGHT_PX = 260, 28
 HISTOGRAM_WIDTH_PX, HISTOGRAM_HEIGHT_PX = 560, 210
@@ -26,7 +26,7 @@ class Tick(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """A bar of the histogram. `kind` is better, worse or same."""
+    """A bar of a histogram. `kind` is better, worse or same, or the side that it counts."""
 
     x: float
     y: float
@@ -51,6 +51,14 @@ class Histogram(NamedTuple):
     ticks: list[Tick]
     zero: float
     whisker: Whisker | None
+    base: float
+
+
+class ScoreHistogram(NamedTuple):
+    """Scores in bins: one side's above the line at `base`, the other's below it."""
+
+    bars: list[Bar]
+    ticks: list[Tick]
     base: float
 
 
@@ -119,6 +127,45 @@ def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) 
     if result.mean_difference is not None and result.mean_difference_interval is not None:
         whisker = Whisker(*(place(value) for value in (result.mean_difference, *result.mean_difference_interval)))
     return Histogram([bar for bar in bars if bar.height], ticks, place(0.0), whisker, base)
+
+
+def score_histogram(above: np.ndarray, below: np.ndarray, sides: tuple[str, str]) -> ScoreHistogram:
+    """Bin scores (NaN left out): those of one side upwards, those of the other, if any, downwards, on one scale."""
+    known = [values[np.isfinite(values)] for values in (above, below)]
+    both = np.concatenate(known)
+    low, high = (float(both.min()), float(both.max())) if both.size else (0.0, 1.0)
+    if not low < high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, min(40, max(8, round(math.sqrt(both.size)))) + 1)
+    counts = [np.histogram(values, edges)[0] for values in known]
+    room = (HISTOGRAM_HEIGHT_PX - 26 - _PADDING_PX) / (2 if known[1].size else 1)
+    base = _PADDING_PX + room
+    unit = room / max(1, *(int(it.max()) for it in counts))
+
+    def place(value: float) -> float:
+        return _PADDING_PX + (value - low) / (high - low) * (HISTOGRAM_WIDTH_PX - 2 * _PADDING_PX)
+
+    bars = [
+        Bar(
+            place(left) + 1,
+            base - amount * unit if side == sides[0] else base,
+            place(right) - place(left) - 2,
+            amount * unit,
+            side,
+            f"{amount} {side}: {left:.4g} to {right:.4g}",
+        )
+        for side, amounts in zip(sides, counts, strict=True)
+        for amount, left, right in zip(amounts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        if amount
+    ]
+    ticks = [Tick(place(value), f"{value:.4g}".replace("-", MINUS)) for value in _nice_ticks(low, high)]
+    return ScoreHistogram(bars, ticks, base)
+
+
+def chance(value: float, interval: tuple[float, float] | None) -> Whisker:
+    """Return a share in [0, 1] with its interval on an axis from 0 at the left to 1 at the right."""
+    low, high = interval or (value, value)
+    return Whisker(*(_PADDING_PX + it * (FOREST_WIDTH_PX - 2 * _PADDING_PX) for it in (value, low, high)))
 
 
 def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places: int | None) -> Scatter:

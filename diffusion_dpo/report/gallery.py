@@ -20,6 +20,8 @@ SMALL_PX = 128
 """Up to this side, images are embedded as they are and enlarged pixel by pixel."""
 _LADDER = ((768, 85), (640, 82), (512, 80), (384, 78), (256, 72), (192, 60))
 """(longest side in px, WebP quality), best first."""
+_WEBP_BYTES_PER_PIXEL = 0.3
+"""Of a detailed photograph; most need a third of it."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,18 @@ def embed(images: Sequence[tuple[Pair, Encoded]], *, budget_bytes: int = BUDGET_
     return Wall(shown, width, height, note)
 
 
+def thumbnails(images: Sequence[Image.Image], *, budget_bytes: int = BUDGET_BYTES) -> list[str]:
+    """Return RGB images as data URIs: small ones exactly, others as WebP whose size depends on how many there are."""
+    affordable = (step for step in _LADDER if len(images) * step[0] ** 2 * _WEBP_BYTES_PER_PIXEL <= budget_bytes)
+    side_px, quality = next(affordable, _LADDER[-1])
+    return [_data_uri(_png(it) if max(it.size) <= SMALL_PX else _webp(it, side_px, quality)) for it in images]
+
+
 def _largest_that_fits(images: Sequence[tuple[Pair, Encoded]], budget_bytes: int) -> tuple[int, int]:
     """Return the first step of the ladder that, judged by some of the images, fits all of them in the budget."""
     sample = [data for _, both in images[:: max(1, len(images) // 8)] for data in both]
     for side_px, quality in _LADDER:
-        average = sum(len(_webp(data, side_px, quality)) for data in sample) / len(sample)
+        average = sum(len(_webp(_open(data), side_px, quality)) for data in sample) / len(sample)
         if 2 * average * len(images) <= 0.9 * budget_bytes:
             break
     return side_px, quality
@@ -101,7 +110,7 @@ def _reduce(
     spent = 0
     with progress("embed", len(images), "pairs") as advance:
         for pair, (before, after) in images:
-            both = (_webp(before, side_px, quality), _webp(after, side_px, quality))
+            both = (_webp(_open(before), side_px, quality), _webp(_open(after), side_px, quality))
             spent += len(both[0]) + len(both[1])
             if kept and spent > budget_bytes:
                 break
@@ -110,11 +119,17 @@ def _reduce(
     return kept
 
 
-def _webp(data: bytes, side_px: int, quality: int) -> bytes:
-    image = _open(data).convert("RGB")
+def _webp(image: Image.Image, side_px: int, quality: int) -> bytes:
+    image = image.convert("RGB")
     image.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="WEBP", quality=quality, method=2)
+    return buffer.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

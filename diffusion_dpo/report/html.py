@@ -1,20 +1,16 @@
-"""report.html: one file, offline, nothing in it from outside; the user's text is escaped, the only script is ours."""
+"""report.html and the numbers behind it: the page of a before/after comparison."""
 
-import base64
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from diffusion_dpo.files import atomic_path, write_json
 from diffusion_dpo.report import Gallery, MetricResult, MetricScores, Report, charts, words
 from diffusion_dpo.report.gallery import SMALL_PX, Wall, choose_pairs, embed
+from diffusion_dpo.report.page import asset, fill
 from diffusion_dpo.report.statistics import pair_differences, prompt_means
 
 
@@ -38,16 +34,11 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> 
     pairs = choose_pairs(scores, (len(gallery.prompts), report.seeds_per_prompt))
     images = gallery.read(pairs)
     wall = embed([(pair, images[pair]) for pair in pairs])
-    style, script = _asset("report.css"), _asset("report.js")
     zipped = list(zip(scores, report.metrics, strict=True))
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"clean": words.clean, "percent": words.percent}
-    return environment.from_string(_asset("report.html.j2")).render(
+    return fill(
+        "report.html.j2",
+        style=asset("report.css"),
+        script=asset("report.js"),
         report=report,
         headline=words.headline(report),
         others=[result for result in report.metrics if result is not words.headline(report) and not result.auxiliary],
@@ -61,11 +52,7 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> 
         num_pairs=len(gallery.prompts) * report.seeds_per_prompt,
         data=_data(scores, report.metrics, wall),
         facts=list(_flatten(report.made_with)),
-        words=words,
         charts=charts,
-        style=Markup(style),
-        script=Markup(script),
-        policy=_policy(style, script),
     )
 
 
@@ -85,19 +72,6 @@ def _paired_means(metric: MetricScores) -> tuple[np.ndarray, np.ndarray, np.ndar
     known = np.isfinite(differences)
     before, after = (prompt_means(np.where(known, values, np.nan)) for values in (metric.before, metric.after))
     return before, after, prompt_means(differences)
-
-
-def _policy(style: str, script: str) -> str:
-    """The content security policy: our own style and script by their hash, images from data URIs, nothing else."""
-    rules = [
-        "default-src 'none'",
-        f"script-src '{_sha256(script)}'",
-        f"style-src '{_sha256(style)}'",
-        "img-src data:",
-        "base-uri 'none'",
-        "form-action 'none'",
-    ]
-    return "; ".join(rules)
 
 
 def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
@@ -144,11 +118,3 @@ def _flatten(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             yield words.clean(f"{prefix}{name}"), words.clean(text)
-
-
-def _asset(name: str) -> str:
-    return resources.files("diffusion_dpo.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _sha256(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

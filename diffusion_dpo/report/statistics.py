@@ -103,10 +103,13 @@ def win_rate_interval(outcomes: np.ndarray) -> Interval | None:
     The variance is the larger of that between prompts and what independent pairs would give, so that seeds never count
     for more than they can know.
     """
-    per_prompt = _known(prompt_means(outcomes))
+    return share_interval(_known(prompt_means(outcomes)), _known(outcomes))
+
+
+def share_interval(per_prompt: np.ndarray, pairs: np.ndarray) -> Interval | None:
+    """Return the same where prompts have any number of pairs; of shape (num_prompts,) and (num_pairs,), no NaN."""
     if per_prompt.size == 0:
         return None
-    pairs = _known(outcomes)
     advantage = float(per_prompt.mean())  # win rate 1/2 + advantage/2
     variance = max(float(per_prompt.var()), float(pairs.var()) * per_prompt.size / pairs.size)
     if abs(advantage) == 1:

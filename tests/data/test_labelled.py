@@ -198,9 +198,8 @@ def test_inspect_counts_them_draws_them_and_names_a_command_that_works(
         lines = [line(True), line(False, image="b.jpg"), line(True, image="c.jpg"), line(None)]
         folder(tmp_path / "d", *(lines if kind == "folder" else ["{oops", *lines[:3]]))
     before = folder_hash(tmp_path / "d")
-    assert (
-        inspect(InspectConfig(path=tmp_path / "d", output_dir=tmp_path / "out")) == tmp_path / "out/contact-sheet.png"
-    )
+    inspect(InspectConfig(path=tmp_path / "d", output_dir=tmp_path / "out"))
+    assert (tmp_path / "out/contact-sheet.png").is_file()
     assert folder_hash(tmp_path / "d") == before
     out = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("kind labelled images (data.type=labelled)", "rows 4", "liked images 2", "disliked images 1"):

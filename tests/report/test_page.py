@@ -4,9 +4,6 @@ import base64
 import io
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
 
@@ -18,16 +15,8 @@ from diffusion_dpo.pocket import world
 from diffusion_dpo.report import Gallery, MetricScores, Pair, Report, html
 from diffusion_dpo.report.gallery import choose_pairs, embed
 from diffusion_dpo.report.statistics import METHODS, summarise
+from tests.report.browser import HOSTILE, Elements, needs_chromium, run_page
 
-HOSTILE = [
-    '<script>document.documentElement.dataset.ran = "1"</script>',
-    '"><img src=x onerror="document.documentElement.dataset.ran = 1">',
-    "</script><script>document.documentElement.dataset.ran = 1</script>",
-    "{{ 7 * 7 }} {% raw %} javascript:alert(1)",
-    "\u202eright to left\x00 \ud800 lone",
-    "long " * 20_000,
-    "<!-- ]]> <svg/onload=alert(1)> ' \" &amp; \u2028",
-]
 SEEDS = 2
 
 
@@ -68,18 +57,6 @@ def comparison(num_prompts: int = 30) -> tuple[Report, list[MetricScores], Galle
 @pytest.fixture(scope="module")
 def page() -> str:
     return html.render(*comparison())
-
-
-class Elements(HTMLParser):
-    """Every start tag of a page, with its attributes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
 
 def test_hostile_text_makes_no_element(page: str) -> None:
@@ -144,9 +121,6 @@ def test_a_large_comparison_shows_best_worst_and_random_of_each_metric() -> None
 
 # --- in a browser ----------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-OFF = ["gpu", "quic", "background-networking", "component-update", "sync"]
-FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in OFF), "--dump-dom"]
 PROBE = """
 const probe = {};
 const visible = () => [...list.children].filter((card) => !card.hidden);
@@ -181,21 +155,13 @@ setTimeout(() => { document.documentElement.dataset.probe = JSON.stringify(probe
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_chromium
 def test_the_page_works_and_runs_nothing_but_its_own_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = html._asset
-    monkeypatch.setattr(html, "_asset", lambda name: plain(name) + (PROBE if name == "report.js" else ""))
+    plain = html.asset
+    monkeypatch.setattr(html, "asset", lambda name: plain(name) + (PROBE if name == "report.js" else ""))
     page = html.write_report(tmp_path, *comparison())
-    command = [
-        CHROMIUM,
-        *FLAGS,
-        "--virtual-time-budget=3000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    root = next(attributes for tag, attributes in Elements(done.stdout).tags if tag == "html")
-    assert "data-probe" in root, done.stderr
+    root = run_page(page, tmp_path / "profile")
+    assert "data-probe" in root
     assert "data-ran" not in root, "text of the user's, or a script that is not ours, was run"
     probe = json.loads(root["data-probe"] or "")
     assert (probe["cards"], probe["shown"], probe["more"]) == (60, 24, 48)

@@ -1,0 +1,44 @@
+"""One HTML file, offline, nothing in it from outside: text is escaped, the only style and script are ours."""
+
+import base64
+import hashlib
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from diffusion_dpo.report import words
+
+
+def fill(template: str, *, style: str, script: str = "", **values: Any) -> str:
+    """Return a page: a template of this folder, filled; `style` and `script` are texts of ours, and stay raw.
+
+    The template finds them, and a content security policy that allows nothing else, as `style`, `script` and `policy`.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"clean": words.clean, "percent": words.percent}
+    ours = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script), "words": words}
+    return environment.from_string(asset(template)).render(**ours, **values)
+
+
+def asset(name: str) -> str:
+    """Return the text of a file of this folder."""
+    return resources.files("diffusion_dpo.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """The content security policy: our own style and script by their hash, images from data URIs, nothing else."""
+    rules = [
+        "default-src 'none'",
+        f"script-src '{_sha256(script)}'" if script else "script-src 'none'",
+        f"style-src '{_sha256(style)}'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    return "; ".join(rules)
+
+
+def _sha256(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
