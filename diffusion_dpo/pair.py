@@ -20,12 +20,13 @@ from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.candidates import Candidate, Unit, find_units
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, fit_to
-from diffusion_dpo.data.pairs import pair_row
+from diffusion_dpo.data.pairs import PairsData, pair_row
 from diffusion_dpo.data.rows import pair_id
 from diffusion_dpo.data.scores import MetricFacts, read_facts, read_values
 from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.files import claim, finish
 from diffusion_dpo.pairing import Images, Plan, Planned, is_test, plan_pairs, read_images
+from diffusion_dpo.report.audit import write_audit
 from diffusion_dpo.settings import PairConfig
 from diffusion_dpo.strategies import Strategy
 
@@ -67,6 +68,9 @@ def run(config: PairConfig) -> Path:
     num_pairs = sum(len(pairs) for pairs in plan.values())
     say(f"{num_pairs} pairs of {len(plan)} prompts; dropped: {dropped}")
     say("\n".join(f"pairs: {folder}" for folder in parts))
+    if config.audit:
+        made = (it for it in PairsData(path=config.output_dir).read() if isinstance(it, PreferencePair))
+        say(f"blind sheet: {write_audit(config.output_dir, made, config.seed, amount=config.audit)}")
     say(f"look: {command('inspect', {'path': config.output_dir})}")
     say(f"next: {command('train', {'data.path': config.output_dir})}")
     return config.output_dir
@@ -113,7 +117,7 @@ def _identity(
     config: PairConfig, images: Images, facts: Mapping[str, MetricFacts], main: str, directions: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Everything that decides the pairs."""
-    places = {"path", "scores_dir", "output_dir", "metric", "higher_is_better"}
+    places = {"path", "scores_dir", "output_dir", "metric", "higher_is_better", "audit"}
     read = dict.fromkeys((*config.strategy.named, *config.strategy.gated, *([main] if main else [])))
     digest = hashlib.sha256()
     for group, members in images.groups.items():

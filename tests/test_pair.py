@@ -288,3 +288,15 @@ def test_images_of_other_settings_are_said(tmp_path: Path, capsys: pytest.Captur
     score.run(load(ScoreConfig, None, [f"path={tmp_path}", "scorers=[brightness]", "device=cpu"]))
     pair.run(load(PairConfig, None, [f"path={tmp_path}", f"output_dir={tmp_path / 'pairs'}"]))
     assert "made with 2 different settings" in capsys.readouterr().out
+
+
+def test_the_blind_sheet_may_be_asked_for_later(candidates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _pair(candidates)
+    assert not (folder / "audit.html").exists()
+    _pair(candidates, "pairs", "audit=1")
+    out = capsys.readouterr().out
+    assert "all 2 pairs are there already" in out
+    assert f"blind sheet: {folder / 'audit.html'}" in out
+    (key,) = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
+    assert key["pair_id"] in {row["pair_id"] for row in read_rows(folder, pattern="pairs-*.parquet")}
+    assert len(list(PairsData(path=folder).read())) == 2
