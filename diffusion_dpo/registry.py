@@ -34,9 +34,11 @@ TABLES: dict[str, dict[str, str]] = {
         "plackett_luce": "diffusion_dpo.losses.plackett_luce:PlackettLuce",
     },
     "scorers": {
+        "arcface": "diffusion_dpo.scorers.arcface:ArcFace",
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
+        "sface": "diffusion_dpo.scorers.sface:SFace",
     },
 }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.scorers.tiny_clip import make_clip
+from tests.scorers.tiny_faces import make_pack, make_recogniser, make_yunet
 
 Settings = dict[str, Any]
 
@@ -17,10 +18,17 @@ def _clip(folder: Path) -> list[Settings]:
     return [{"model": model, "mode": "text"}, {"model": model, "mode": "image"}]
 
 
+def _sface(folder: Path) -> list[Settings]:
+    detector = make_yunet(folder / "yunet.onnx", anywhere=True)
+    return [{"detector_path": detector, "recognizer_path": make_recogniser(folder / "sface.onnx", raw=True)}]
+
+
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
+    "arcface": lambda folder: [{"model": str(make_pack(folder, anywhere=True))}],
     "brightness": lambda folder: [{}],
     "clip": _clip,
     "pocket_scene": lambda folder: [{}],
+    "sface": _sface,
 }
 
 NUM_VARIANTS = {"clip": 2}
