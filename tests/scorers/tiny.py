@@ -24,7 +24,7 @@ def _sface(folder: Path) -> list[Settings]:
 
 
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
-    "arcface": lambda folder: [{"model": str(make_pack(folder, anywhere=True))}],
+    "arcface": lambda folder: [{"model": str(make_pack(folder, anywhere=True)), "det_size_px": 128}],
     "brightness": lambda folder: [{}],
     "clip": _clip,
     "pocket_scene": lambda folder: [{}],
