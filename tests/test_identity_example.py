@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import insightface
 from PIL import Image, ImageFilter
 
 from diffusion_dpo import pair, score
@@ -12,6 +13,8 @@ from diffusion_dpo.settings import PairConfig, ScoreConfig
 from tests.photos import photo
 from tests.scorers.tiny_faces import make_pack
 
+OTHER = Path(insightface.__file__).parent / "data" / "images" / "Tom_Hanks_54745.png"
+
 
 def test_a_face_that_is_there_wins_and_one_that_is_not_never_does(tmp_path: Path) -> None:
     person = photo(0, (128, 128))
@@ -19,7 +22,8 @@ def test_a_face_that_is_there_wins_and_one_that_is_not_never_does(tmp_path: Path
         "same": person,
         "blurred": person.filter(ImageFilter.GaussianBlur(6)),
         "cropped": person.crop((32, 8, 96, 72)).resize((128, 128)),
-        "other": photo(2, (128, 128)),
+        "warmer": Image.blend(person, Image.new("RGB", person.size, "orange"), 0.3),
+        "other": Image.open(OTHER).convert("RGB").resize((128, 128)),
         "none": Image.new("RGB", (128, 128)),
     }
     folder = tmp_path / "candidates"

@@ -364,9 +364,7 @@ def test_an_image_that_makes_a_scorer_fail_is_marked_and_tried_again(
 ) -> None:
     rows = [_row(image, "p", i) for i, image in enumerate(_grey(10, 20, 60))]
     write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
-    with pytest.raises(
-        ConfigError, match=r"1 of 3 images .* make contrast fail.*RuntimeError: hated"
-    ):
+    with pytest.raises(ConfigError, match=r"1 of 3 images .* make contrast fail.*RuntimeError: hated"):
         _score(tmp_path, _contrast(hates=20))
     _score(tmp_path, _contrast(hates=20), "max_broken_share=0.5")
     assert "1 missing: the scorer failed: RuntimeError: hated" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
-from diffusion_dpo.scorers.faces import Face, FaceJudge, unit
+from diffusion_dpo.scorers.faces import Face, FaceJudge, unit, version_of
 from diffusion_dpo.scorers.weights import content_hash
 
 if TYPE_CHECKING:
@@ -45,13 +44,12 @@ class ArcFace(FaceJudge):
     def fingerprint(self) -> str:
         """Hash the settings, insightface's version and the bytes of the ONNX files, without importing insightface."""
         decides = [self.faces, self.references, str(self.det_thresh), str(self.det_size_px)]
-        decides += [importlib.metadata.version("insightface"), content_hash(self._files())]
+        decides += [version_of("insightface", "arcface"), content_hash(self._files())]
         return f"arcface-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 
     def load(self, device: "torch.device") -> None:
         """Load detector and recogniser; raises ConfigError, saying what to download, when one is missing."""
         files = self._files()
-        from google.protobuf.message import DecodeError
         from insightface.app import FaceAnalysis
         from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 
@@ -64,7 +62,7 @@ class ArcFace(FaceJudge):
                     allowed_modules=["detection", "recognition"],
                     providers=[*providers, "CPUExecutionProvider"],
                 )
-        except (AssertionError, *unreadable, DecodeError, OSError, RuntimeError, ValueError) as error:
+        except (AssertionError, *unreadable, OSError, RuntimeError, ValueError) as error:
             raise self._wrong(f"{folder} cannot be loaded as a pack with a detector ({_brief(error)})") from error
         if "recognition" not in live.models:
             raise self._wrong(f"{folder} has a detector but no recogniser, such as w600k_r50.onnx")
@@ -77,10 +75,12 @@ class ArcFace(FaceJudge):
     def find(self, bgr: np.ndarray) -> list[Face]:
         """Return the faces that insightface finds."""
         assert self._live is not None, "load() comes before score()"
-        return [
-            Face(tuple(map(float, face.bbox)), float(np.clip(face.det_score, 0, 1)), unit(face.embedding))
-            for face in self._live.get(bgr)
-        ]
+        found = []
+        for face in self._live.get(bgr):
+            left, top, right, bottom = map(float, face.bbox)
+            certainty = float(np.clip(face.det_score, 0, 1))
+            found.append(Face((left, top, right, bottom), certainty, unit(face.embedding)))
+        return found
 
     def _files(self) -> list[Path]:
         """Return the ONNX files; raises ConfigError for what insightface would download, or stop at an assertion."""

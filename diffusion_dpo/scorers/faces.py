@@ -1,6 +1,7 @@
 """What judges of identity share: which face counts, how it is compared to the references, and why one cannot be."""
 
 import hashlib
+import importlib.metadata
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field, PrivateAttr
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 
 if TYPE_CHECKING:
@@ -55,7 +57,11 @@ def similarity(face: Face, references: Sequence[Face], how: Aggregate) -> float:
 
 
 def choose(
-    faces: Sequence[Face], policy: Policy, size: tuple[int, int], references: Sequence[Face] = (), how: Aggregate = "mean"
+    faces: Sequence[Face],
+    policy: Policy,
+    size: tuple[int, int],
+    references: Sequence[Face] = (),
+    how: Aggregate = "mean",
 ) -> Face | str:
     """Return the face of an image of (width, height) that counts, or why there is none."""
     if not faces:
@@ -72,6 +78,14 @@ def choose(
 def _off_center(face: Face, size: tuple[int, int]) -> float:
     left, top, right, bottom = face.box
     return float(np.hypot((left + right - size[0]) / 2, (top + bottom - size[1]) / 2))
+
+
+def version_of(package: str, scorer: str) -> str:
+    """Return a package's version without importing it; raises ConfigError, saying how to install it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(f"scorer {scorer} needs {package}: pip install 'diffusion-dpo[face]'") from None
 
 
 class FaceJudge(Scorer):

@@ -1,7 +1,6 @@
 """SFace as a judge of identity, through OpenCV: the second judge, whose weights may be used commercially."""
 
 import hashlib
-import importlib.metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +8,7 @@ import numpy as np
 from pydantic import PrivateAttr
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.scorers.faces import Face, FaceJudge, unit
+from diffusion_dpo.scorers.faces import Face, FaceJudge, unit, version_of
 from diffusion_dpo.scorers.weights import content_hash
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ _PAGE = "https://github.com/opencv/opencv_zoo"
 
 
 class SFace(FaceJudge):
-    """Cosine of SFace embeddings (`sface`, -1 to 1) of the face in the image and those in its references; on the CPU."""
+    """Cosine of SFace embeddings (`sface`, -1 to 1) of the faces in the image and in its references; on the CPU."""
 
     licence = "YuNet: MIT; SFace: Apache-2.0"
     source = "Zhong et al. 2021, arXiv 2205.12010; YuNet: Wu et al. 2023, doi 10.1007/s11633-023-1423-y"
@@ -38,8 +37,9 @@ class SFace(FaceJudge):
 
     def fingerprint(self) -> str:
         """Hash the settings, OpenCV's version and the bytes of both files, without importing OpenCV."""
-        decides = [self.faces, self.references, str(self.det_thresh), importlib.metadata.version("opencv-python")]
-        return f"sface-{VERSION}-{hashlib.sha256(' '.join([*decides, content_hash(self._files())]).encode()).hexdigest()[:16]}"
+        decides = [self.faces, self.references, str(self.det_thresh), version_of("opencv-python", "sface")]
+        decides.append(content_hash(self._files()))
+        return f"sface-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 
     def load(self, device: "torch.device") -> None:
         """Load detector and recogniser; raises ConfigError, saying what to download, when one is missing."""

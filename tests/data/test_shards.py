@@ -44,9 +44,7 @@ def test_candidates_come_back_here_and_in_datasets(tmp_path):
 
 def test_pairs_are_read_by_datasets(tmp_path):
     chosen, rejected = (encode(photo(i), "PNG") for i in (0, 1))
-    pair = PreferencePair(
-        "id", "a cat", chosen, rejected, 0.9, "c", "r", {"clip": 0.5}, {"clip": 0.25}, margin=0.25
-    )
+    pair = PreferencePair("id", "a cat", chosen, rejected, 0.9, "c", "r", {"clip": 0.5}, {"clip": 0.25}, margin=0.25)
     path = tmp_path / "pairs-00000.parquet"
     shards.write_shard(path, [pair_row(pair, seeds=[3, 4])], shards.PAIRS)
     row = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))[0]

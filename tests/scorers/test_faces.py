@@ -113,9 +113,9 @@ def test_folders_that_insightface_would_stumble_over(tmp_path: Path, capsys: pyt
     }.items():
         with pytest.raises(ConfigError, match=message):
             make(("arcface", {"model": str(tmp_path / name)}))
-    with pytest.raises(ConfigError, match="there is no folder .*releases.*non-commercial"):
+    with pytest.raises(ConfigError, match=r"there is no folder .*releases.*non-commercial"):
         make(("arcface", {"model": "buffalo_l", "root": tmp_path}))
-    with pytest.raises(ConfigError, match="detector_path=.* is not a file"):
+    with pytest.raises(ConfigError, match=r"detector_path=.* is not a file"):
         make(("sface", {"detector_path": tmp_path / "none.onnx"}))
     capsys.readouterr()
     make(("arcface", {"model": str(make_pack(tmp_path / "good"))}))

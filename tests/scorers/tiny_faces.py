@@ -1,6 +1,7 @@
 """Small ONNX detectors and recognisers in the forms that insightface and OpenCV read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,7 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 _POINTS = np.array([[-0.4, -0.3], [0.4, -0.3], [0, 0.1], [-0.3, 0.5], [0.3, 0.5]], np.float32)
 
 
-def _save(path: Path, nodes: list, inputs: list, outputs: list, constants: dict[str, np.ndarray]) -> Path:
+def _save(
+    path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: dict[str, np.ndarray]
+) -> Path:
     values = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "tiny", inputs, outputs, values)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
@@ -67,7 +70,9 @@ def make_recogniser(path: Path, *, raw: bool = False) -> Path:
     constants = {"matrix": matrix, "shape": np.array([1, 192], np.int64), "middle": np.array([127.5], np.float32)}
     nodes = [helper.make_node("Sub", ["input", "middle"], ["centred"], name="centre")] if raw else []
     nodes += [
-        helper.make_node("AveragePool", [nodes[0].output[0] if raw else "input"], ["p"], kernel_shape=[14] * 2, strides=[14] * 2),
+        helper.make_node(
+            "AveragePool", [nodes[0].output[0] if raw else "input"], ["p"], kernel_shape=[14] * 2, strides=[14] * 2
+        ),
         helper.make_node("Reshape", ["p", "shape"], ["flat"]),
         helper.make_node("MatMul", ["flat", "matrix"], ["fc1"]),
     ]
