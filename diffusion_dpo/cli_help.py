@@ -52,7 +52,10 @@ def _entry(key: str, row: Setting, width: int, *, indent: int = 2) -> Iterator[s
     left = " " * indent + (f"{key}=..." if row.default in ("required", "") else f"{key}={row.default}")
     kind = f"[{row.type}{', required' if row.default == 'required' else ''}] " if row.type else ""
     right = textwrap.wrap(kind + row.help, width - column, break_on_hyphens=False)
-    if len(left) + 2 > column:
+    if len(left) > width:  # an address, say
+        name, _, value = left.partition("=")
+        yield from (f"{name}=", " " * (indent + 2) + value)
+    elif len(left) + 2 > column:
         yield left
     else:
         yield left.ljust(column) + right.pop(0)

@@ -49,6 +49,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "scorers": {
         "aesthetic": "diffusion_dpo.scorers.aesthetic:Aesthetic",
+        "arcface": "diffusion_dpo.scorers.arcface:ArcFace",
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
         "clip_image": "diffusion_dpo.scorers.clip_image:ClipImage",
@@ -62,6 +63,7 @@ TABLES: dict[str, dict[str, str]] = {
         "pickscore": "diffusion_dpo.scorers.pickscore:PickScore",
         "pocket_scene": "diffusion_dpo.scorers.pocket_scene:PocketScene",
         "saturation": "diffusion_dpo.scorers.saturation:Saturation",
+        "sface": "diffusion_dpo.scorers.sface:SFace",
         "sharpness": "diffusion_dpo.scorers.sharpness:Sharpness",
     },
 }

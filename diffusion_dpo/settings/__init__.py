@@ -6,23 +6,23 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from diffusion_dpo.config import Config, plugin
-from diffusion_dpo.settings.common import Device, ImageModel, Precision, PredictionType, Sampling
-from diffusion_dpo.settings.data import (
-    ExportConfig,
-    GenerateConfig,
-    InspectConfig,
-    PairConfig,
-    ScoreConfig,
-    Variant,
-)
-from diffusion_dpo.settings.training import (
-    Evaluation,
-    Preview,
-    Reference,
-    Regularizers,
-    TrainConfig,
-    Weighting,
-)
+from diffusion_dpo.settings.common import Device as Device
+from diffusion_dpo.settings.common import ImageModel as ImageModel
+from diffusion_dpo.settings.common import Precision as Precision
+from diffusion_dpo.settings.common import PredictionType as PredictionType
+from diffusion_dpo.settings.common import Sampling as Sampling
+from diffusion_dpo.settings.data import ExportConfig as ExportConfig
+from diffusion_dpo.settings.data import GenerateConfig as GenerateConfig
+from diffusion_dpo.settings.data import InspectConfig as InspectConfig
+from diffusion_dpo.settings.data import PairConfig as PairConfig
+from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
+from diffusion_dpo.settings.data import Variant as Variant
+from diffusion_dpo.settings.training import Evaluation as Evaluation
+from diffusion_dpo.settings.training import Preview as Preview
+from diffusion_dpo.settings.training import Reference as Reference
+from diffusion_dpo.settings.training import Regularizers as Regularizers
+from diffusion_dpo.settings.training import TrainConfig as TrainConfig
+from diffusion_dpo.settings.training import Weighting as Weighting
 
 
 class CompareConfig(Config):

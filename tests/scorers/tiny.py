@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.scorers.servers import chat, lighter, score_light, serve
 from tests.scorers.tiny_clip import make_clip
+from tests.scorers.tiny_faces import make_pack, make_recogniser, make_yunet
 from tests.scorers.tiny_models import (
     HPS_ARCHITECTURE,
     make_dino,
@@ -50,8 +51,14 @@ def _judge(folder: Path) -> list[Settings]:
     ]
 
 
+def _sface(folder: Path) -> list[Settings]:
+    detector = make_yunet(folder / "yunet.onnx", anywhere=True)
+    return [{"detector_path": detector, "recognizer_path": make_recogniser(folder / "sface.onnx", raw=True)}]
+
+
 TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "aesthetic": _aesthetic,
+    "arcface": lambda folder: [{"model": str(make_pack(folder, anywhere=True)), "det_size_px": 128}],
     "brightness": lambda folder: [{}],
     "clip": _clip,
     "clip_image": _clip,
@@ -65,6 +72,7 @@ TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "pickscore": lambda folder: [{"pretrained": str(make_transformers_clip(folder)), "processor": None}],
     "pocket_scene": lambda folder: [{}],
     "saturation": lambda folder: [{}],
+    "sface": _sface,
     "sharpness": lambda folder: [{}],
 }
 
