@@ -101,9 +101,9 @@ def measured(names: list[str]) -> str:
             folder = Path(root) / name
             folder.mkdir()
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                settings = TINY[name](folder)[0]
-                bare, framed = _bare_and_framed(resolve("scorers", name)(type=name, **settings))
-                first, second = _two_runs(Path(root) / f"{name}-candidates", {"type": name, **settings})
+                scorer = resolve("scorers", name)(type=name, **TINY[name](folder)[0])
+                bare, framed = _bare_and_framed(scorer)
+                first, second = _two_runs(Path(root) / f"{name}-candidates", scorer)
             lines.append(
                 f"| `{name}` | {bare * 1e3:.2f} | {1 / bare:.0f} | {framed - 1:+.1%} | {first:.2f} | {second:.3f} "
                 f"| {first / second:.0f} |"
@@ -145,10 +145,11 @@ def _bare_and_framed(scorer: Scorer) -> tuple[float, float]:
     return statistics.median(bare[1:]) / BATCH_SIZE, ratio
 
 
-def _two_runs(folder: Path, settings: dict[str, Any]) -> tuple[float, float]:
+def _two_runs(folder: Path, scorer: Scorer) -> tuple[float, float]:
     """Return the seconds of `score` over new candidates and of the same command again, libraries being imported."""
     folder.mkdir()
-    reference = encode_png(photo(1, (SIDE_PX, SIDE_PX)))
+    needed = [photo(1, (SIDE_PX, SIDE_PX))] if "reference" in scorer.needs else []
+    references = [image_struct(encode_png(image)) for image in needed]
     rows = [
         {
             "uid": pixel_hash(image),
@@ -157,7 +158,7 @@ def _two_runs(folder: Path, settings: dict[str, Any]) -> tuple[float, float]:
             "index": index,
             "seed": index,
             "image": image_struct(encode_png(image)),
-            "references": [image_struct(reference)],
+            "references": references,
             "origin": "",
             "settings_hash": "0",
         }
@@ -165,9 +166,7 @@ def _two_runs(folder: Path, settings: dict[str, Any]) -> tuple[float, float]:
         for index, image in enumerate(group)
     ]
     write_shard(folder / "images-00000.parquet", rows, CANDIDATES)
-    config = load(ScoreConfig, None, [f"path={folder}", "device=cpu"]).model_copy(
-        update={"scorers": (resolve("scorers", settings["type"])(**settings),)}
-    )
+    config = load(ScoreConfig, None, [f"path={folder}", "device=cpu"]).model_copy(update={"scorers": (scorer,)})
     seconds = []
     for _ in range(2):
         began = time.perf_counter()

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Candidate:
 
     @cached_property
     def _reference_hashes(self) -> list[str]:
-        return [hashlib.sha256(reference).hexdigest() for reference in self.references]
+        return [_sha256(reference) for reference in self.references]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,10 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
     ours = set(present) >= set(CANDIDATES.names) - {"origin"}
     wanted = ["image", *(name for name in CANDIDATES.names if name in present and name != "image")]
     columns = [name for name in wanted if images or not ours or name != "image"]
+    references: tuple[bytes, ...] = ()
     for where, row in located_rows(file, columns):
+        found = tuple(_image(reference)[0] for reference in row.get("references") or ())
+        references = references if found == references else found  # one object for all images of a prompt
         data, broken = b"", ""
         if "image" in columns:
             data, broken = _image(row["image"])
@@ -114,7 +117,7 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             prompt_id=str(row.get("prompt_id") or ""),
             seed=row.get("seed"),
             data=data,
-            references=tuple(_image(reference)[0] for reference in row.get("references") or ()),
+            references=references,
             origin=row.get("origin") or "",
             settings_hash=row.get("settings_hash") or "",
             broken=broken,
@@ -141,6 +144,11 @@ def _image(value: Any) -> tuple[bytes, str]:
 
 def _content_id(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
+
+
+@lru_cache(maxsize=16)
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _hash(parts: list[str]) -> str:
