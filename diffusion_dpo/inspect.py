@@ -30,16 +30,19 @@ _EXPECTED = f"""Expected is one of
   Parquet with the columns prompt, chosen, rejected (images as bytes): pairs
   the same with image and label (true: liked) instead of chosen and rejected: labelled images
   Parquet with the columns caption, jpg_0, jpg_1, label_0: Pick-a-Pic
-  Parquet with the column image, or a folder of image files: candidates"""
+  Parquet with the column image, or a folder of image files: candidates
+Anything else that `train` reads is named as there: diffusion-dpo inspect data.type=hpdv3 data.path=..."""
 
 
 def run(config: InspectConfig) -> Path:
     """Print what is there; write it as a page, with a contact sheet beside it, and return the path of the page."""
     path = config.path.parent if config.path.name == METADATA else config.path
+    if config.data is not None:
+        path = Path(str(config.data.model_dump().get("path", config.data.type)))
     folder = config.output_dir or Path("runs/inspect") / path.resolve().stem
     if folder.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"output_dir {folder} lies inside {path}, where inspect writes nothing; choose another one")
-    source = _recognise(path)
+    source = config.data or _recognise(path)
     if source is None:
         found = look_at_candidates(path, config.num_images)
     else:

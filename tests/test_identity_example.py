@@ -51,7 +51,23 @@ def test_a_face_that_is_there_wins_and_one_that_is_not_never_does(tmp_path: Path
     uids = {name: pixel_hash(image) for name, image in variations.items()}
     assert values[uids["same"]] > 0.999
     assert values[uids["none"]] is None
-    pair.run(load(PairConfig, None, [f"path={folder}", "metric=arcface", f"output_dir={tmp_path / 'pairs'}"]))
-    (made,) = read_rows(tmp_path / "pairs", pattern="*.parquet")
-    assert made["chosen_uid"] == uids["same"]
-    assert made["rejected_uid"] not in (uids["same"], uids["none"])
+    names = {uid: name for name, uid in uids.items()}
+
+    def paired(out: str, *overrides: str) -> list[tuple[str, str]]:
+        pair.run(
+            load(PairConfig, None, [f"path={folder}", "metric=arcface", f"output_dir={tmp_path / out}", *overrides])
+        )
+        rows = read_rows(tmp_path / out, pattern="*.parquet")
+        return [(names[row["chosen_uid"]], names[row["rejected_uid"]]) for row in rows]
+
+    ((chosen, rejected),) = paired("plain")
+    assert chosen == "same" and rejected not in ("same", "none")
+    gates = "[{metric: arcface_n_faces, min: 1, max: 1}, {metric: arcface, max: 0.999}]"
+    ((chosen, rejected),) = paired("gated", f"strategy={{type: gate, gates: {gates}}}")
+    assert chosen not in ("same", "none"), "a copy of the reference is barred"
+    assert rejected not in ("same", "none")
+    losing = paired(
+        "losing", f"strategy={{type: gate, gates: {gates}, failed: lose, then: all_pairs}}", "missing=lose"
+    )
+    assert {loser for _, loser in losing} >= {"same", "none"}
+    assert not {winner for winner, _ in losing} & {"same", "none"}

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffusion_dpo.config import ConfigError
+from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data import PreferencePair, shards
 from diffusion_dpo.data.candidates import find_units
 from diffusion_dpo.data.contact_sheet import GREEN, GREY, RED, Block, Tile, draw_sheet
@@ -235,3 +235,14 @@ def test_odd_prompts_can_be_drawn():
     page = draw_sheet("", [Block(prompt, (Tile(photo(0), prompt),)) for prompt in prompts])
     assert page.width < 4000
     assert page.height < 4000
+
+
+def test_pairs_of_any_other_kind_are_named_as_for_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, color in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (40, 40), color).save(tmp_path / name)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "path1": "a.png", "path2": "b.png"}\n')
+    source = ["data.type=hpdv3", f"data.path={tmp_path / 'rows.jsonl'}"]
+    run(load(InspectConfig, None, [*source, f"output_dir={tmp_path / 'out'}"]))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "data.type=hpdv3" in out
+    assert f"next: diffusion-dpo train data.type=hpdv3 data.path={tmp_path / 'rows.jsonl'}" in out

@@ -1,6 +1,8 @@
 """Image to image from references, and mixtures of ways to draw: what each image is, and what says so."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,29 @@ def test_each_image_of_a_mixture_is_that_of_its_variant_alone_and_says_so(tiny_s
                 | {"variant": "1", "model": str(tiny_sd), "sampler": "EulerDiscreteScheduler", "guidance_scale": 1.5},
             ][row["index"]]
         )
+
+
+def test_one_model_is_in_memory_at_a_time_and_references_reach_the_candidates(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    load_pipeline = generate.load_pipeline
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        gc.collect()
+        assert not alive, "the model before is still there"
+        pipeline = load_pipeline(*args, **settings)
+        alive.add(pipeline.unet)
+        return pipeline
+
+    monkeypatch.setattr(generate, "load_pipeline", counted)
+    mixture = json.dumps([{}, {"model": {"pretrained": str(tiny_sd)}, "strength": 0.5}, {"guidance_scale": 3}])
+    folder = generate.run(make_config(tmp_path, f"mixture={mixture}", "num_images_per_prompt=4", "shard_size=1"))
+    rows = rows_of(folder)
+    assert [(row["prompt"], row["index"] % 3) for row in rows[:3]] == [("a red circle", turn) for turn in range(3)]
+    assert len(rows) == 8
+    reference = (tmp_path / "wide.png").read_bytes()
+    assert all([it["bytes"] for it in row["references"]] == [reference] for row in rows)
 
 
 def test_a_mixture_goes_on_where_it_was_and_refuses_a_changed_variant(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
 """The settings of every verb, one class each. Defaults run offline, on the pocket model."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from diffusion_dpo.config import Config, plugin
 from diffusion_dpo.settings.common import Device as Device
