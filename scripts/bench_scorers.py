@@ -53,17 +53,21 @@ MOST_ROUNDS = 41
 def facts() -> str:
     """Return the table of facts and, below it, each class's own words; as the registry is now."""
     scorers = {name: _by_default(name) for name in sorted(TABLES["scorers"])}
-    lines = ["| type | metrics | better | range | needs | extra |", "|---|---|---|---|---|---|"]
+    heads = ("type", "metrics", "better", "range", "needs", "extra", "weights", "licence", "source")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, scorer in scorers.items():
         main = scorer.metrics[0]
         names = ", ".join(f"({m.name})" if m.auxiliary else m.name for m in scorer.metrics)
         better = "higher" if main.higher_is_better else "lower"
         needs = ", ".join(sorted(scorer.needs)) or "-"
-        lines.append(f"| `{name}` | {names} | {better} | {_range(main)} | {needs} | {scorer.extra or '-'} |")
-    lines += ["", "A metric in brackets informs and labels no pairs unless asked to."]
+        said = (names, better, _range(main), needs, scorer.extra or "-", scorer.weights, scorer.licence, scorer.source)
+        lines.append(f"| `{name}` | {' | '.join(said)} |")
+    lines += [
+        "",
+        "In brackets: what informs and labels no pairs unless asked to. Without an extra: the package brings it.",
+    ]
     for name, scorer in scorers.items():
-        lines += ["", f"### {name}", "", inspect.getdoc(type(scorer)) or "", ""]
-        lines += [f"- Weights: {scorer.weights}.", f"- Licence: {scorer.licence}.", f"- Source: {scorer.source}."]
+        lines += ["", f"### {name}", "", inspect.getdoc(type(scorer)) or ""]
     return "\n".join(lines) + "\n"
 
 

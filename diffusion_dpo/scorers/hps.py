@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import PrivateAttr
+from pydantic import BeforeValidator, PrivateAttr
 
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.clip_weights import check_architecture
@@ -36,7 +36,7 @@ class Hps(Scorer):
     source = "Wu et al. 2023, arXiv 2306.09341"
     weights = "xswu/HPSv2: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt (2 GB)"
 
-    version: Literal["2.0", "2.1"] = "2.1"
+    version: Annotated[Literal["2.0", "2.1"], BeforeValidator(str)] = "2.1"  # YAML reads 2.1 as a number
     """Which checkpoint: 2.0 gives the metric hps_v2, 2.1 gives hps_v21."""
     pretrained: str = "xswu/HPSv2"
     """The checkpoint, the folder that holds it, or its id on the hub."""

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 def saturation(image: "Image.Image") -> float:
     """Return the mean of HSV's saturation, (max - min) / max of a pixel's R, G and B, 0 gray to 1; black counts 0."""
-    channels = np.ascontiguousarray(np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.float64), 2, 0))
-    highest = channels.max(axis=0)
-    return float(((highest - channels.min(axis=0)) / np.maximum(highest, 1)).mean())
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.float64), 2, 0)
+    highest = np.maximum(np.maximum(red, green), blue)
+    lowest = np.minimum(np.minimum(red, green), blue)
+    return float(((highest - lowest) / np.maximum(highest, 1)).mean())
 
 
 class Saturation(Scorer):

@@ -52,7 +52,7 @@ def _pickscore(folder: Path) -> PickScore:
     return PickScore(type="pickscore", pretrained=str(folder), processor=None)
 
 
-def _hps(folder: Path, **settings: str) -> Hps:
+def _hps(folder: Path, **settings: object) -> Hps:
     return Hps(type="hps", pretrained=str(folder), architecture=HPS_ARCHITECTURE, **settings)
 
 
@@ -120,6 +120,12 @@ def test_hps_is_the_cosine_of_a_whole_padded_image(
     with torch.no_grad():
         expected = torch.cosine_similarity(model.eval().encode_image(pixels[None]), model.encode_text(tokens))
     assert values[metric] == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_hps_takes_its_version_as_people_write_it() -> None:
+    assert [_hps(Path("x"), version=v).metrics[0].name for v in (2.0, 2.1, "2.0")] == ["hps_v2", "hps_v21", "hps_v2"]
+    with pytest.raises(ValueError, match=r"2\.0"):
+        _hps(Path("x"), version="3")
 
 
 def test_hps_says_what_is_missing_or_wrong(hps_folder: Path, tmp_path: Path) -> None:

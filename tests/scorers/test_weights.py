@@ -139,6 +139,8 @@ def test_a_large_file_of_the_hub_is_hashed_by_its_name(cache: Path, tmp_path: Pa
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(b"weights")
     assert sha256_of(snapshot / copy.name) == sha256_of(copy) == hashlib.sha256(b"weights").hexdigest()
+    (snapshot / copy.name).resolve().write_bytes(b"not read at all")
+    assert sha256_of(snapshot / copy.name) == sha256_of(copy)
     assert sha256_of(snapshot / "config.json") == hashlib.sha256(b"{}").hexdigest(), "its blob is named by sha1"
 
 
