@@ -39,7 +39,7 @@ def pickapic(photographs: list[Image.Image], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("any_sd, mode", [("epsilon", "lora"), ("v_prediction", "full")], indirect=["any_sd"])
 def test_train_on_photographs(
     any_sd: Path, pickapic: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
 ):
