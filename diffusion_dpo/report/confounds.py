@@ -155,6 +155,8 @@ def origin_keys(origins: Iterable[dict[str, object]]) -> dict[str, bool]:
 
 def origin_text(value: object) -> str:
     """Return a value of an origin as the name of a category."""
+    if isinstance(value, float):
+        return f"{value:g}"
     return value if isinstance(value, str) else repr(value)
 
 

@@ -129,11 +129,12 @@ def _predictors(
     confounds.append(category("file format", [[it.format for it in side] for side in seen], prompts))
     for key, is_category in origin_keys(it for side in origins for it in side).items():
         values = [[it.get(key) for it in side] for side in origins]
+        name = f"{key.replace('_', ' ')} (origin)"
         if is_category:
             texts = [[None if it is None else origin_text(it) for it in side] for side in values]
-            confounds.append(category(f"{key} (origin)", texts, prompts))
+            confounds.append(category(name, texts, prompts))
         else:
-            confounds.append(number(f"{key} (origin)", [np.array(side, dtype=float) for side in values], prompts))
+            confounds.append(number(name, [np.array(side, dtype=float) for side in values], prompts))
     faces = [name for name in metrics if name.endswith(_FACE_AREA)]
     scored = {name: number(name, [_scores(decided, side, name) for side in _SIDES], prompts) for name in metrics}
     confounds += [scored[name] for name in faces]
