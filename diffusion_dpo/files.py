@@ -93,6 +93,19 @@ def refuse_others(path: Path, found: Mapping[str, Any], facts: Mapping[str, Any]
 
 
 @contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Raise ConfigError when another process of ours is at work in a folder; else keep others out meanwhile."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another process is working in {folder}; wait for it, or choose another output_dir"
+            ) from None
+        yield
+
+
+@contextmanager
 def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Take a folder for one run of a verb: create it, or continue in it if the same identity made it.
 
@@ -104,13 +117,7 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; choose a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is working in {folder}; wait for it, or choose another output_dir"
-            ) from None
+    with alone_in(folder):
         manifest = read_manifest(folder)
         content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if not manifest and content:

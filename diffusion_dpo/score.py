@@ -5,7 +5,6 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from diffusion_dpo.data.images import BrokenImage, decode_rgb
 from diffusion_dpo.data.scores import Verdict, facts_path, read_verdicts, shard_path, shards_of
 from diffusion_dpo.data.shards import SCORES, write_shard
 from diffusion_dpo.device import pick_device
-from diffusion_dpo.files import claim, finish, write_json
+from diffusion_dpo.files import alone_in, claim, finish, write_json
 from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.scorers.judge import FAILED, Judge, check_metrics, warn_if_constant
 from diffusion_dpo.settings import ScoreConfig
@@ -49,7 +48,7 @@ def run(config: ScoreConfig) -> Path:
     say(f"score: {num_images} images of {config.path} by {', '.join(mains)}")
     identity = {"path": str(config.path)}
     lines = [f"{'metric':<24}{'mean':>10}{'min':>10}{'max':>10}{'missing':>9}"]
-    with claim(folder, "score", identity) if elsewhere else nullcontext():
+    with claim(folder, "score", identity) if elsewhere else alone_in(folder):
         for scorer in config.scorers:
             lines += _summary(scorer, _Scoring(scorer, config, folder).run(units))
         if elsewhere:

@@ -20,6 +20,7 @@ from diffusion_dpo import score
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
+from diffusion_dpo.files import alone_in
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.settings import ScoreConfig
@@ -393,3 +394,9 @@ def test_a_rerun_imports_nothing_heavy(candidates: Path) -> None:
     again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: set()" in again.stdout
     assert _snapshot(candidates) == before
+
+
+def test_two_at_once_are_told_apart(candidates: Path) -> None:
+    with alone_in(candidates), pytest.raises(ConfigError, match="another process is working in"):
+        _score(candidates, _counting())
+    _score(candidates, _counting())
