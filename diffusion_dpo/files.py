@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 
 MANIFEST = "manifest.json"
+_PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
 _PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
 """What a verb writes into its folder before it makes anything that is bound to its settings."""
 
@@ -94,7 +96,10 @@ def refuse_others(path: Path, found: Mapping[str, Any], facts: Mapping[str, Any]
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Raise ConfigError when another process of ours is at work in a folder; else keep others out meanwhile."""
+    """Raise ConfigError when another process of ours is at work in a folder; else keep others out meanwhile.
+
+    What a killed process left half-written is cleared away.
+    """
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,6 +107,9 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process is working in {folder}; wait for it, or choose another output_dir"
             ) from None
+        for left in folder.glob(".*.partial"):
+            if _PARTIAL.fullmatch(left.name):  # of a process that was killed
+                left.unlink(missing_ok=True)
         yield
 
 
@@ -116,7 +124,10 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
     identity = json.loads(json.dumps(identity))
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; choose a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # below /proc, say
+        raise ConfigError(f"output_dir {folder} cannot be made: {error.strerror}; choose another one") from None
     with alone_in(folder):
         manifest = read_manifest(folder)
         content = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

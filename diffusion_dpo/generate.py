@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +62,16 @@ def run(config: GenerateConfig) -> Path:
             )
             announce(sources, config.num_images_per_prompt)
             with progress("generate", total, "images", done=done) as advance:
-                for source, portion in groupby(missing, key=lambda shard: shard.source):
+                for source in sources:  # one model in memory at a time
+                    portion = [shard for shard in missing if shard.source is source]
+                    if not portion:
+                        continue
                     pipeline = load_pipeline(source.model, device=device, dtype=dtype)
                     if source.scheduler is not None:
                         pipeline.scheduler = make_scheduler(pipeline, source.scheduler)
                     for shard in portion:
                         write_shard(shard.path, _rows(pipeline, shard, identity, advance), CANDIDATES)
-                    del pipeline  # one model in memory at a time
+                    del pipeline
         else:
             say(f"generate: all {total} candidates are there already")
         finish(config.output_dir, "generate", identity, num_prompts=len(prompts), num_images=total)
@@ -78,20 +80,23 @@ def run(config: GenerateConfig) -> Path:
 
 
 def _plan(config: GenerateConfig, sources: Sequence[Source], prompts: Sequence[Prompt]) -> list[_Shard]:
-    """Return all shards, source after source; image k of a prompt is of source k mod their number.
+    """Return all shards; image k of a prompt is of source k mod their number.
 
-    They are numbered so that the images of a prompt lie in files next to each other.
+    Of a mixture they come in blocks of prompts, so that the images of a prompt lie in files next to each other.
     """
+    per_source = -(-config.num_images_per_prompt // len(sources))
+    block = len(prompts) if len(sources) == 1 else max(1, config.shard_size // per_source)
     shards: list[_Shard] = []
-    for turn, source in enumerate(sources):
-        todo = [
-            _Candidate(prompt, index, image_seed(config.seed, prompt.id, index))
-            for prompt in prompts
-            for index in range(turn, config.num_images_per_prompt, len(sources))
-        ]
-        for portion, start in enumerate(range(0, len(todo), config.shard_size)):
-            path = config.output_dir / f"images-{portion * len(sources) + turn:05d}.parquet"
-            shards.append(_Shard(path, source, todo[start : start + config.shard_size]))
+    for first in range(0, len(prompts), block):
+        for turn, source in enumerate(sources):
+            todo = [
+                _Candidate(prompt, index, image_seed(config.seed, prompt.id, index))
+                for prompt in prompts[first : first + block]
+                for index in range(turn, config.num_images_per_prompt, len(sources))
+            ]
+            for start in range(0, len(todo), config.shard_size):
+                path = config.output_dir / f"images-{len(shards):05d}.parquet"
+                shards.append(_Shard(path, source, todo[start : start + config.shard_size]))
     return shards
 
 

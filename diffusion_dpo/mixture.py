@@ -1,6 +1,7 @@
 """What draws which candidate: one source for all of them, or the variants of a mixture in turn."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ def sources_of(config: GenerateConfig) -> list[Source]:
     """Return what draws, in turn; raises ConfigError for two variants of one name, or less than one step."""
     sources = [_resolve(config, variant, number) for number, variant in enumerate(config.mixture)]
     sources = sources or [Source("", config.model, config.sampling, None, config.strength)]
+    if config.num_images_per_prompt < len(sources):
+        raise ConfigError(
+            f"num_images_per_prompt={config.num_images_per_prompt} is less than the {len(sources)} variants of "
+            "mixture, so that some would draw nothing"
+        )
     names = [source.name for source in sources]
     for source in sources:
         if names.count(source.name) > 1:
@@ -45,7 +51,8 @@ def sources_of(config: GenerateConfig) -> list[Source]:
         steps = source.sampling.num_inference_steps
         if source.strength is not None and int(steps * source.strength) < 1:
             raise ConfigError(
-                f"strength {source.strength:g} of {steps} steps is less than one; give at least {1 / steps:.3g}"
+                f"strength {source.strength:g} of {steps} steps is less than one; give at least "
+                f"{math.ceil(1000 / steps) / 1000:g}"
             )
     return sources
 

@@ -25,8 +25,9 @@ from diffusion_dpo.data.rows import pair_id
 from diffusion_dpo.data.scores import MetricFacts, read_facts, read_values
 from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
 from diffusion_dpo.files import claim, finish
-from diffusion_dpo.pairing import Images, Plan, Planned, is_test, plan_pairs, read_images
+from diffusion_dpo.pairing import Images, Plan, Planned, distinct, is_test, plan_pairs, read_images
 from diffusion_dpo.report.audit import write_audit
+from diffusion_dpo.report.words import count
 from diffusion_dpo.settings import PairConfig
 from diffusion_dpo.strategies import Strategy
 
@@ -37,37 +38,33 @@ BROKEN_PHOTO = "pairs with a broken photograph"
 def run(config: PairConfig) -> Path:
     """Make the pairs that are not there yet; return their folder."""
     beside = config.path if config.path.is_dir() else config.path.parent
+    if config.path.is_dir() and config.output_dir.resolve().is_relative_to(config.path.resolve()):
+        raise ConfigError(f"output_dir {config.output_dir} lies inside {config.path}; choose another one")
     units = find_units(config.path)
     facts = read_facts(config.scores_dir or beside)
     strategy: Strategy = config.strategy
-    main = _choose_metric(config, facts) if strategy.uses_main else ""
-    labelling = tuple(dict.fromkeys((*strategy.named, *([main] if main else []))))
-    _refuse_unknown(config, facts, (*labelling, *strategy.gated))
+    main = _choose_metric(config, facts)
+    read = strategy.reads(main)
+    _refuse_unknown(config, facts, read)
     directions = _directions(config, facts, main)
-    arrows = ", ".join(f"{name} ({'higher' if directions[name] else 'lower'} is better)" for name in labelling)
+    arrows = ", ".join(f"{name} ({'higher' if directions[name] else 'lower'} is better)" for name in read)
     say(f"pair: {strategy.type}" + (f" by {arrows}" if arrows else ""))
-    values = read_values(config.scores_dir or beside, facts)
-    images, drops = read_images(units, values, facts, labelling)
+    images, drops = read_images(units, read_values(config.scores_dir or beside, facts), facts, read)
     plan = plan_pairs(config, images, main, directions, drops)
-    dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "nothing"
     if not plan:
-        raise ConfigError(f"no pairs are left of {config.path}; dropped: {dropped}")
+        raise ConfigError(f"no pairs are left of {config.path}; dropped: {_listed(drops)}")
+    parts = _split(config, images, plan)
     identity = _identity(config, images, facts, main, directions)
-    test = {group: pairs for group, pairs in plan.items() if is_test(config, images.prompts[group])}
-    parts = {config.output_dir: {group: pairs for group, pairs in plan.items() if group not in test}}
-    if config.test_share:
-        parts[config.output_dir.with_name(config.output_dir.name + "-test")] = test
-    facts_kept = {
-        "labelled_by": [] if config.shuffle_labels else list(labelling),
-        "licence": "; ".join(dict.fromkeys(facts[name].licence for name in labelling)),
+    about = {
+        "labelled_by": [] if config.shuffle_labels else list(read),
+        "licence": "; ".join(dict.fromkeys(facts[name].licence for name in read)),
         "drops": dict(sorted(drops.items())),
     }
-    for folder, part in parts.items():
-        part_of = {"part": "test" if part is test else "train"}
-        _make(folder, part, config, units, images, identity | part_of, facts_kept)
-    num_pairs = sum(len(pairs) for pairs in plan.values())
-    say(f"{num_pairs} pairs of {len(plan)} prompts; dropped: {dropped}")
-    say("\n".join(f"pairs: {folder}" for folder in parts))
+    num_pairs = 0
+    for name, (folder, part) in parts.items():
+        num_pairs += _make(folder, part, config, units, images, identity | {"part": name}, about)
+    say(f"{count(num_pairs, 'pairs')} of {count(len(plan), 'prompts')}; dropped: {_listed(drops)}")
+    say("\n".join(f"pairs: {folder}" for folder, _ in parts.values()))
     if config.audit:
         made = (it for it in PairsData(path=config.output_dir).read() if isinstance(it, PreferencePair))
         say(f"blind sheet: {write_audit(config.output_dir, made, config.seed, amount=config.audit)}")
@@ -76,11 +73,38 @@ def run(config: PairConfig) -> Path:
     return config.output_dir
 
 
+def _split(config: PairConfig, images: Images, plan: Plan) -> dict[str, tuple[Path, Plan]]:
+    """Return folder and pairs of the training part and, where one is asked for, of the test part."""
+    if not config.test_share:
+        return {"train": (config.output_dir, plan)}
+    test = {group: pairs for group, pairs in plan.items() if is_test(config, images.prompts[group])}
+    train = {group: pairs for group, pairs in plan.items() if group not in test}
+    if not train or not test:
+        raise ConfigError(
+            f"test_share={config.test_share:g} leaves no prompts {'to train on' if test else 'to test with'}: only "
+            f"{count(len(plan), 'prompts')} have pairs; change it, or seed"
+        )
+    beside = config.output_dir if config.output_dir.name else config.output_dir.resolve()
+    return {"train": (config.output_dir, train), "test": (beside.with_name(f"{beside.name}-test"), test)}
+
+
+def _listed(drops: Mapping[str, int]) -> str:
+    return "; ".join(f"{number} {reason}" for reason, number in sorted(drops.items())) or "nothing"
+
+
 # --- which metrics ---------------------------------------------------------------------------------------------------
 
 
 def _choose_metric(config: PairConfig, facts: dict[str, MetricFacts]) -> str:
-    """Return the metric that labels: the one asked for, or the only main one."""
+    """Return the metric that labels: the one asked for, or the only main one; empty where none by itself does."""
+    if not config.strategy.uses_main:
+        given = {
+            name: value for name in ("metric", "higher_is_better") if (value := getattr(config, name)) is not None
+        }
+        if given:
+            setting, value = next(iter(given.items()))
+            raise ConfigError(f"{setting}={value} would do nothing: {config.strategy.type} names its metrics itself")
+        return ""
     if not facts:
         raise _unscored(config)
     if config.metric is not None:
@@ -118,14 +142,13 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that decides the pairs."""
     places = {"path", "scores_dir", "output_dir", "metric", "higher_is_better", "audit"}
-    read = dict.fromkeys((*config.strategy.named, *config.strategy.gated, *([main] if main else [])))
     digest = hashlib.sha256()
     for group, members in images.groups.items():
         digest.update(json.dumps([group, [images.uids[i] for i in members]]).encode())
     for name in sorted(images.values):
         digest.update(name.encode() + np.array(images.values[name], dtype=np.float64).tobytes())
     return config.model_dump(mode="json", exclude=places) | {
-        "metrics": {name: [directions[name], facts[name].fingerprint] for name in read},
+        "metrics": {name: [directions[name], facts[name].fingerprint] for name in config.strategy.reads(main)},
         "metric": main,
         "scored_images": digest.hexdigest()[:16],
     }
@@ -142,12 +165,13 @@ def _make(
     images: Images,
     identity: dict[str, Any],
     facts: dict[str, Any],
-) -> None:
+) -> int:
+    """Write one folder of pairs, and return how many it has."""
     num_pairs = sum(len(pairs) for pairs in plan.values())
     with claim(folder, "pair", identity) as before:
         if before.get("complete"):
-            say(f"pair: all {num_pairs} pairs are there already")
-            return
+            say(f"pair: all {count(int(before['num_pairs']), 'pairs')} are there already in {folder}")
+            return int(before["num_pairs"])
         written = 0
         rows = _rows(config, units, images, plan)
         with progress("pair", num_pairs, "pairs") as advance:
@@ -157,10 +181,13 @@ def _make(
                 number += 1
                 written += len(shard)
                 advance(len(shard))
+        if not written:
+            raise ConfigError(f"no pairs are left of {config.path}: every photograph is broken")
         if written < num_pairs:
             facts = facts | {"drops": facts["drops"] | {BROKEN_PHOTO: num_pairs - written}}
             warn(f"{num_pairs - written} {BROKEN_PHOTO} were left out")
         finish(folder, "pair", identity, num_pairs=written, num_prompts=len(plan), **facts)
+    return written
 
 
 def _rows(config: PairConfig, units: Sequence[Unit], images: Images, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -236,7 +263,7 @@ def _side(
 def _photograph(like: Candidate, number: int) -> bytes:
     """Return a reference photograph as the generated image is: of its size, as PNG, so that neither is the label."""
     image = decode_rgb(like.data)
-    return encode_png(fit_to(decode_rgb(like.references[number]), image.size))
+    return encode_png(fit_to(decode_rgb(distinct(like.references)[number]), image.size))
 
 
 def _finite(value: float) -> float | None:

@@ -52,16 +52,16 @@ def read_images(
     units: Sequence[Unit],
     values: Mapping[str, Mapping[str, float]],
     facts: Mapping[str, MetricFacts],
-    labelling: Sequence[str],
+    read: Sequence[str],
 ) -> tuple[Images, Counter[str]]:
-    """Return all images with a prompt, each once a prompt, and a start of the drops."""
+    """Return all images with a prompt, each once a prompt, and a start of the drops; `read` are metrics that count."""
     images, drops = Images(values={name: [] for name in values}), Counter[str]()
     seen: set[tuple[str, str]] = set()
     unjudged = Counter[str]()
     settings = set()
     for candidate in (candidate for unit in units for candidate in unit.read(images=False)):
         settings.add(candidate.settings_hash)
-        unjudged.update(name for name in labelling if candidate.key not in values[name])
+        unjudged.update(name for name in read if candidate.key not in values[name])
         if not candidate.prompt.strip():
             drops[NO_PROMPT] += 1
         elif (candidate.group, candidate.uid) in seen:
@@ -71,7 +71,7 @@ def read_images(
             members = images.groups.setdefault(candidate.group, [])
             members.append(len(images.uids))
             images.prompts[candidate.group] = candidate.prompt
-            images.photos[candidate.group] = len(candidate.references)
+            images.photos[candidate.group] = len(distinct(candidate.references))
             images.group_of.append(len(images.groups) - 1 if len(members) == 1 else images.group_of[members[0]])
             images.uids.append(candidate.uid)
             for name, found in values.items():
@@ -91,8 +91,7 @@ def plan_pairs(
 ) -> Plan:
     """Return the pairs of every prompt that has some; adds to `drops`."""
     strategy: Strategy = config.strategy
-    wanted = dict.fromkeys((*strategy.named, *strategy.gated, *([main] if main else [])))
-    columns = {name: np.array(images.values[name], dtype=np.float64) for name in wanted}
+    columns = {name: np.array(images.values[name], dtype=np.float64) for name in strategy.reads(main)}
     groups = np.array(images.group_of, dtype=np.intp)
     scale = {name: spread_within(column, groups) for name, column in columns.items()}
     limits = Limits(config.min_margin, config.min_margin_norm, config.max_pairs_per_prompt, config.max_pairs_per_image)
@@ -126,6 +125,11 @@ def _planned(config: PairConfig, group: str, pick: Pick, positions: Sequence[int
         first = f"photo {chosen}" if pick.photo else images.uids[chosen]
         swapped = _draw(config.seed, "swap", group, first, images.uids[rejected]) < 0.5
     return Planned(chosen, rejected, pick, swapped)
+
+
+def distinct(references: Sequence[bytes]) -> list[bytes]:
+    """Return the photographs of a prompt, each once."""
+    return list(dict.fromkeys(references))
 
 
 def is_test(config: PairConfig, prompt: str) -> bool:

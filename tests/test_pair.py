@@ -283,10 +283,12 @@ def test_the_users_photograph_is_chosen_as_a_generated_image_is_stored(
 
 
 def test_images_of_other_settings_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "candidates"
+    folder.mkdir()
     rows = [_row("A", k, 40 * k + 9) | {"settings_hash": str(k)} for k in range(2)]
-    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
-    score.run(load(ScoreConfig, None, [f"path={tmp_path}", "scorers=[brightness]", "device=cpu"]))
-    pair.run(load(PairConfig, None, [f"path={tmp_path}", f"output_dir={tmp_path / 'pairs'}"]))
+    write_shard(folder / "images-00000.parquet", rows, CANDIDATES)
+    score.run(load(ScoreConfig, None, [f"path={folder}", "scorers=[brightness]", "device=cpu"]))
+    _pair(folder)
     assert "made with 2 different settings" in capsys.readouterr().out
 
 
@@ -300,3 +302,37 @@ def test_the_blind_sheet_may_be_asked_for_later(candidates: Path, capsys: pytest
     (key,) = map(json.loads, (folder / "audit.jsonl").read_text().splitlines())
     assert key["pair_id"] in {row["pair_id"] for row in read_rows(folder, pattern="pairs-*.parquet")}
     assert len(list(PairsData(path=folder).read())) == 2
+
+
+def test_settings_that_would_do_nothing_are_refused(candidates: Path) -> None:
+    with pytest.raises(ConfigError, match="metric=brightness would do nothing: weighted names its metrics itself"):
+        _pair(candidates, "x", "metric=brightness", "strategy={type: weighted, weights: {brightness: 1}}")
+    with pytest.raises(ConfigError, match="higher_is_better=False would do nothing: weighted"):
+        _pair(candidates, "x", "higher_is_better=false", "strategy={type: weighted, weights: {brightness: 1}}")
+    with pytest.raises(ConfigError, match=r"output_dir .* lies inside .*; choose another one"):
+        pair.run(load(PairConfig, None, [f"path={candidates}", f"output_dir={candidates / 'pairs'}"]))
+    with pytest.raises(ConfigError, match=r"leaves no prompts to (train on|test with): only 2 prompts have pairs"):
+        _pair(candidates, "x", "test_share=0.001")
+    assert not (candidates.parent / "x").exists()
+
+
+def test_a_gate_has_a_say_in_the_labels_and_may_be_unscored(
+    candidates: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in candidates.glob("scores-brightness*"):  # a second judge, whose scores of one shard are lost
+        text = path.name.replace("brightness", "twin")
+        if path.suffix == ".json":
+            (candidates / text).write_text(
+                path.read_text().replace('"brightness"', '"twin"').replace("none", "no use")
+            )
+        elif "00001" not in text:
+            write_shard(candidates / text, [row | {"metric": "twin"} for row in read_rows(path)], SCORES)
+    gate = "strategy={type: gate, gates: [{metric: twin, min: 0.1}], failed: lose, then: all_pairs}"
+    folder = _pair(candidates, "pairs", "metric=brightness", gate)
+    assert "8 images were not scored by twin" in capsys.readouterr().out
+    rows = list(read_rows(folder, pattern="pairs-*.parquet"))
+    scored = {pixel_hash(_image(value)) for value in (40, 200, 10)}
+    assert {row[side] for row in rows for side in ("chosen_uid", "rejected_uid")} <= scored
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["labelled_by"] == ["brightness", "twin"]
+    assert "no use" in manifest["licence"]

@@ -3,7 +3,8 @@
 For pairs, whose sides are interchangeable, the area under the ROC curve (AUC) of a number x that guesses "the larger x
 is the chosen one" is P(x_chosen > x_rejected) + P(x_chosen = x_rejected) / 2: 0.5 is chance, 1 and 0 decide every
 label. Pairs of a prompt resemble each other, so they are averaged within each prompt, then over prompts, and the 95 %
-interval is that of `statistics.share_interval`, which takes the prompt as the unit.
+interval is that of `statistics.share_interval`, which takes the prompt as the unit. A warning needs a p up to 0.05 in
+the sign-flip test over prompts, after Holm's correction for all that was looked at.
 
 A category (model, sampler, file format) has no order. Each of its values has a win rate: the share of the pairs with
 this value on one side alone in which that side is chosen. To order the values by it and ask how well that order
@@ -19,18 +20,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from diffusion_dpo.report import Interval
-from diffusion_dpo.report.statistics import share_interval
+from diffusion_dpo.report.statistics import share_interval, sign_flip_p
 from diffusion_dpo.report.words import percent
 
 LOUD_ABOVE = 0.65
 """An AUC above this, or below 1 minus this, is warned of where its interval excludes 0.5."""
 MAX_VALUES = 12
-"""A text with more different values than this is no category."""
+"""Of a category with more values than this, the rarest are one value, "others"."""
+_MOST_VALUES = 1000
+MIN_PAIRS = 20
 METHOD = (
     "AUC is the share of pairs in which the chosen image has the larger number, equal ones as one half, averaged "
     "within each prompt, then over prompts; 0.5 is chance. The 95 % interval is Wilson's at the effective number of "
     "prompts, widened to include 0.5 unless a sign-flip test over prompts rejects it. Values of a category are "
-    "ordered by their win rates on one half of the prompts and judged on the other half, both ways."
+    "ordered by their win rates on one half of the prompts and judged on the other half, both ways. A warning needs "
+    "a p of at most 0.05 in that test after Holm's correction for everything that was looked at."
 )
 _ADJECTIVES = {
     "brightness": ("brighter", "darker"),
@@ -69,6 +73,8 @@ class Predictor:
     """The values of a category, the most chosen first; () for a number."""
     labelled: bool = False
     """Whether it is what labelled the pairs, and so is meant to predict."""
+    p: float = 1.0
+    """Of the sign-flip test over prompts that it predicts nothing; `together` corrects it for their number."""
 
     @property
     def varies(self) -> bool:
@@ -78,9 +84,16 @@ class Predictor:
     @property
     def is_loud(self) -> bool:
         """Whether to warn of it. A category's order is made to point upwards, so only a high AUC says something."""
-        if self.labelled or self.auc is None or self.interval is None or self.interval[0] <= 0.5 <= self.interval[1]:
-            return False
-        return self.auc > LOUD_ABOVE or (not self.values and self.auc < 1 - LOUD_ABOVE)
+        return not self.labelled and self.p <= 0.05 and self._is_far(LOUD_ABOVE)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it predicts nearly every label, under too few prompts to tell that from chance."""
+        far = not self.labelled and self.num_pairs >= MIN_PAIRS and self._is_far(0.85)
+        return far and not self.is_loud
+
+    def _is_far(self, above: float) -> bool:
+        return self.auc is not None and (self.auc > above or (not self.values and self.auc < 1 - above))
 
     @property
     def sentence(self) -> str:
@@ -135,22 +148,47 @@ def category(name: str, sides: Sequence[Sequence[str | None]], prompts: np.ndarr
     return replace(found, values=ranked, num_equal=int((ours == theirs).sum()))
 
 
-def origin_keys(origins: Iterable[dict[str, object]]) -> dict[str, bool]:
-    """Return the keys of origins that can be compared, sorted: True for a category, False for a number.
-
-    Few different values are a category, whatever they are: the best guidance is not the largest.
+def together(predictors: Sequence[Predictor]) -> list[Predictor]:
+    """Return predictors with the p that each has among all of them (Holm 1979): one in twenty is loud by chance alone,
+    whatever their number.
     """
-    values: dict[str, Counter[str]] = {}
+    testable = sorted((it.p, i) for i, it in enumerate(predictors) if it.varies and not it.labelled)
+    found, least = list(predictors), 0.0
+    for rank, (p, i) in enumerate(testable):
+        least = max(least, min(1.0, p * (len(testable) - rank)))
+        found[i] = replace(found[i], p=least)
+    return found
+
+
+def origin_keys(origins: Iterable[dict[str, object]]) -> dict[str, bool]:
+    """Return the keys of origins, sorted: True for a category, False for a number.
+
+    Few different values are a category, whatever they are: the best guidance is not the largest. Texts that are rarely
+    the same, such as names of files, are none, and are left out.
+    """
+    values: dict[str, set[str]] = {}
+    total: Counter[str] = Counter()
     numeric: dict[str, bool] = {}
     for origin in origins:
+        total.update(origin.keys())
         for key, value in origin.items():
-            seen = values.setdefault(key, Counter())
-            if len(seen) <= MAX_VALUES:
-                seen[origin_text(value)] += 1
+            seen = values.setdefault(key, set())
+            if len(seen) <= _MOST_VALUES:
+                seen.add(origin_text(value))
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             numeric[key] = numeric.get(key, True) and is_number
     few = {key: len(seen) <= MAX_VALUES for key, seen in values.items()}
-    return {key: few[key] for key in sorted(values) if few[key] or numeric[key]}
+    names = {key for key, seen in values.items() if len(seen) > _MOST_VALUES or 2 * len(seen) > total[key]}
+    return {
+        key: few[key] or not numeric[key] for key in sorted(values) if few[key] or numeric[key] or key not in names
+    }
+
+
+def few_values(sides: Sequence[Sequence[str | None]]) -> list[list[str | None]]:
+    """Return a category with the rarest of more than MAX_VALUES values made one, "others"."""
+    counts = Counter(it for side in sides for it in side if it is not None)
+    kept = {value for value, _ in counts.most_common(MAX_VALUES if len(counts) <= MAX_VALUES else MAX_VALUES - 1)}
+    return [[it if it is None or it in kept else "others" for it in side] for side in sides]
 
 
 def origin_text(value: object) -> str:
@@ -168,4 +206,5 @@ def _predictor(name: str, outcomes: np.ndarray, prompts: np.ndarray) -> Predicto
     _, codes, counts = np.unique(prompts, return_inverse=True, return_counts=True)
     per_prompt = np.bincount(codes, outcomes) / counts
     auc = 0.5 + 0.5 * float(per_prompt.mean())
-    return Predictor(name, auc, share_interval(per_prompt, outcomes), outcomes.size, equal, per_prompt.size)
+    interval, p = share_interval(per_prompt, outcomes), sign_flip_p(per_prompt)
+    return Predictor(name, auc, interval, outcomes.size, equal, per_prompt.size, p=p)

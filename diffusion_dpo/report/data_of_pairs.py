@@ -19,7 +19,15 @@ from diffusion_dpo.data.index import Collected, PairRecord
 from diffusion_dpo.data.labelled import LabelledData
 from diffusion_dpo.report.agreement import agreement
 from diffusion_dpo.report.appearance import Appearance, look_at, near_duplicates
-from diffusion_dpo.report.confounds import Predictor, category, number, origin_keys, origin_text
+from diffusion_dpo.report.confounds import (
+    Predictor,
+    category,
+    few_values,
+    number,
+    origin_keys,
+    origin_text,
+    together,
+)
 from diffusion_dpo.report.data_page import (
     BETWEEN,
     Findings,
@@ -83,7 +91,9 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
     top = _top_prompts(groups)
     repeats, warnings = _repeats(found, groups, looks)
     loud = [it for it in confounds if it.is_loud]
-    warnings = [*(it.sentence for it in loud), *([_ADVICE] if loud else []), *warnings, *_dominance(groups, top)]
+    untold = [f"{it.sentence}; under so few prompts that may be chance" for it in confounds if it.is_untold]
+    loud_ones = [*(it.sentence for it in loud), *([_ADVICE] if loud else [])]
+    warnings = [*loud_ones, *untold, *warnings, *_dominance(groups, top)]
     kind = "" if source.type == "pairs" else f"data.type={source.type} "
     objective = " loss.type=kto" if isinstance(source, LabelledData) else ""
     return Findings(
@@ -132,7 +142,7 @@ def _predictors(
         name = f"{key.replace('_', ' ')} (origin)"
         if is_category:
             texts = [[None if it is None else origin_text(it) for it in side] for side in values]
-            confounds.append(category(name, texts, prompts))
+            confounds.append(category(name, few_values(texts), prompts))
         else:
             confounds.append(number(name, [np.array(side, dtype=float) for side in values], prompts))
     faces = [name for name in metrics if name.endswith(_FACE_AREA)]
@@ -140,7 +150,9 @@ def _predictors(
     confounds += [scored[name] for name in faces]
     seen_already = {*faces, *numbers[0][0]}
     judges = [scored[name] for name in metrics if name not in seen_already]
-    confounds, judges = ([replace(it, labelled=it.name in labelled_by) for it in part] for part in (confounds, judges))
+    confounds, judges = (
+        together([replace(it, labelled=it.name in labelled_by) for it in part]) for part in (confounds, judges)
+    )
     return sorted(confounds, key=lambda it: -abs((0.5 if it.auc is None else it.auc) - 0.5)), judges
 
 

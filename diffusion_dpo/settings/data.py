@@ -91,16 +91,17 @@ class PairConfig(Config):
     strategy: plugin("strategies") = "best_worst"  # type: ignore[valid-type]
     """Which images of a prompt become pairs."""
     missing: Literal["drop", "lose"] = "drop"
-    """What becomes of an image without a score that the strategy needs. drop: it is in no pair. lose: it may be
+    """What becomes of an image without a score that the strategy looks at. drop: it is in no pair. lose: it may be
     rejected, as the worst there is; for judges that find nothing to judge where an image is wrong, a face say."""
     min_margin: float = Field(0.0, ge=0)
     """Drop pairs whose margin is below this, in the unit of what decides; equal scores are always dropped."""
     min_margin_norm: float = Field(0.0, ge=0)
-    """The same in units of the spread that the scores have within a prompt, over all prompts."""
+    """The same in units of the spread that the scores have within a prompt, over all prompts; of weighted sums, which
+    are normalised already, the same as min_margin."""
     max_pairs_per_prompt: int | None = Field(None, ge=1)
     """Keep at most so many pairs of a prompt, those with the largest margin."""
     max_pairs_per_image: int | None = Field(None, ge=1)
-    """Keep at most so many pairs with the same image, those with the largest margin."""
+    """Keep at most so many pairs of a prompt with the same image, those with the largest margin."""
     label_temperature: float | None = Field(None, gt=0)
     """Soft labels: the probability that chosen is better is sigmoid(margin_norm / this), as of Bradley and Terry;
     null: 1."""

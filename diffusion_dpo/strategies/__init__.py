@@ -13,6 +13,8 @@ import numpy as np
 
 from diffusion_dpo.config import Plugin
 
+TOO_FEW = "prompts with too few images to pair"
+
 
 @dataclass(frozen=True)
 class ScoreTable:
@@ -77,7 +79,7 @@ class Strategy(Plugin):
 
     @property
     def gated(self) -> tuple[str, ...]:
-        """The metrics that only bar images: they are read, and label nothing."""
+        """The metrics that bar images from being chosen, or from being in a pair."""
         return ()
 
     @property
@@ -85,10 +87,18 @@ class Strategy(Plugin):
         """Whether the table's main metric decides, alone or among others."""
         return not self.named
 
+    def reads(self, main: str) -> tuple[str, ...]:
+        """Return every metric that has a say, `main` being the table's main one; none of them may be missing."""
+        return tuple(dict.fromkeys((*self.named, *([main] if self.uses_main else []), *self.gated)))
+
+    def can_pair(self, table: ScoreTable) -> bool:
+        """Return whether a table has enough in it for a pair."""
+        return len(table) >= 2
+
     def pick(self, table: ScoreTable) -> tuple[list[Pick], Counter[str]]:
         """Return every pair that the rule makes, ties included, and counts of what it leaves out, by reason.
 
-        Caps and smallest margins are the framework's work. A table has two images or more.
+        Caps and smallest margins are the framework's work. It is asked for tables that `can_pair`.
         """
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from diffusion_dpo.config import Config, plugin
-from diffusion_dpo.strategies import Pick, ScoreTable, Strategy
+from diffusion_dpo.strategies import TOO_FEW, Pick, ScoreTable, Strategy
 
 
 class Bound(Config):
@@ -25,6 +25,8 @@ class Bound(Config):
     def _says_something(self) -> Self:
         if self.min is None and self.max is None:
             raise ValueError(f"the gate on {self.metric} needs min or max")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"nothing passes the gate on {self.metric}: min {self.min:g} is above max {self.max:g}")
         return self
 
     def passes(self, values: np.ndarray) -> np.ndarray:
@@ -54,13 +56,17 @@ class Gate(Strategy):
         """As `then` does."""
         return bool(self.then.uses_main)
 
+    def can_pair(self, table: ScoreTable) -> bool:
+        """As `then` can."""
+        return bool(self.then.can_pair(table))
+
     @property
     def gated(self) -> tuple[str, ...]:
         """The metrics with a gate."""
         return (*(bound.metric for bound in self.gates), *self.then.gated)
 
     def pick(self, table: ScoreTable) -> tuple[list[Pick], Counter[str]]:
-        """Return the pairs that `then` makes; what did not pass is counted by its first gate."""
+        """Return the pairs that `then` makes; what is in none for not passing is counted by its first gate."""
         passed = np.ones(len(table), dtype=bool)
         drops: Counter[str] = Counter()
         for bound in self.gates:
@@ -72,8 +78,10 @@ class Gate(Strategy):
             rest, positions = replace(table, merits=worst), np.arange(len(table))
         else:
             rest, positions = table.only(passed), passed.nonzero()[0]
-        if len(rest) < 2:
-            return [], drops
+        if self.failed == "lose":  # they may be rejected still
+            drops.clear()
+        if not self.then.can_pair(rest):
+            return [], drops + Counter({TOO_FEW: 1})
         picks, dropped = self.then.pick(rest)
         return [_moved(pick, positions) for pick in picks], drops + dropped
 

@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from diffusion_dpo.strategies import Pick, ScoreTable, Strategy, gaps
 
 NO_MAJORITY, VETOED = "pairs without a majority", "pairs that a metric vetoes"
+OUTWEIGHED = "pairs whose few opponents outweigh the majority"
 
 
 class Majority(Strategy):
-    """Chosen is better by most metrics, and by none of the others much worse."""
+    """Chosen is better by most metrics, by none of the others much worse, and on the mean of all better."""
 
     metrics: tuple[str, ...] = Field(min_length=2)
     """The metrics that vote."""
@@ -23,6 +24,8 @@ class Majority(Strategy):
 
     @model_validator(mode="after")
     def _enough_voters(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("a metric has one vote; name each once")
         if self.min_agree is not None and not len(self.metrics) < 2 * self.min_agree <= 2 * len(self.metrics):
             raise ValueError(f"min_agree={self.min_agree} is not a majority of {len(self.metrics)} metrics")
         return self
@@ -37,6 +40,8 @@ class Majority(Strategy):
         gap = gaps(table, self.metrics)
         wins = (gap > 0).sum(0) >= (self.min_agree or len(self.metrics) // 2 + 1)
         vetoed = wins & (gap < -self.veto).any(0)
-        picks = [Pick(int(i), int(j), *2 * (float(gap[:, i, j].mean()),)) for i, j in np.argwhere(wins & ~vetoed)]
-        drops = {VETOED: int(vetoed.sum()), NO_MAJORITY: len(table) * (len(table) - 1) // 2 - int(wins.sum())}
+        means = {(int(i), int(j)): float(gap[:, i, j].mean()) for i, j in np.argwhere(wins & ~vetoed)}
+        picks = [Pick(i, j, mean, mean) for (i, j), mean in means.items() if mean > 0]
+        drops = {VETOED: int(vetoed.sum()), OUTWEIGHED: len(means) - len(picks)}
+        drops[NO_MAJORITY] = len(table) * (len(table) - 1) // 2 - int(wins.sum())
         return picks, Counter(drops)

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from diffusion_dpo.strategies import Pick, ScoreTable, Strategy, gaps
 
@@ -17,6 +17,13 @@ class Pareto(Strategy):
     """The metrics that have to agree."""
     min_gain: float = Field(0.0, ge=0)
     """By how much chosen must be better by at least one of them, in normalised units."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _distinct(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(metrics)) < len(metrics):
+            raise ValueError("a metric can agree once; name each once")
+        return metrics
 
     @property
     def named(self) -> tuple[str, ...]:

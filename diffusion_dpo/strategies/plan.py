@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusion_dpo.strategies import Pick, ScoreTable, Strategy
+from diffusion_dpo.strategies import TOO_FEW, Pick, ScoreTable, Strategy
 
-NO_SCORE, TOO_FEW = "images without a score", "prompts with fewer than two usable images"
+NO_SCORE = "images without a score"
 EQUAL, NARROW, CAPPED = "pairs with equal scores", "pairs below min_margin", "pairs over a cap"
 
 
@@ -53,19 +53,17 @@ def make_table(
 ) -> tuple[ScoreTable, Counter[str]]:
     """Return the table of one prompt, its images in the order of their uids; and what is not in it, by reason.
 
-    `raw` holds scores (N,) of the metrics that the strategy reads. An image without one that decides is left out with
+    `raw` holds scores (N,) of the metrics that the strategy reads. An image without one of them is left out with
     missing="drop", and worse than any other with "lose".
     """
     order = sorted(range(len(uids)), key=lambda i: uids[i])
     values = {name: np.asarray(raw[name], dtype=np.float64)[order] for name in raw}
-    deciding = [name for name in dict.fromkeys((*strategy.named, *([main] if strategy.uses_main else []))) if name]
     lacking = np.zeros(len(uids), dtype=bool)
-    for name in deciding:
+    for name in strategy.reads(main):
         lacking |= ~np.isfinite(values[name])
     signs = {name: 1 if higher_is_better[name] else -1 for name in values}
     merits = {
-        name: np.where(~np.isfinite(found) | (lacking & (name in deciding)), -np.inf, signs[name] * found)
-        for name, found in values.items()
+        name: np.where(lacking | ~np.isfinite(found), -np.inf, signs[name] * found) for name, found in values.items()
     }
     table = ScoreTable(tuple(uids[i] for i in order), values, merits, dict(scale), main, num_photos)
     if missing == "lose":
@@ -75,7 +73,7 @@ def make_table(
 
 def pick_pairs(table: ScoreTable, strategy: Strategy, limits: Limits = Limits()) -> tuple[list[Pick], Counter[str]]:
     """Return the pairs of one prompt, widest margin first, and counts of what was dropped, by reason."""
-    if len(table) + table.num_photos < 2:
+    if not strategy.can_pair(table):
         return [], Counter({TOO_FEW: 1})
     found, drops = strategy.pick(table)
     wide = []

@@ -21,6 +21,10 @@ class RealVsGenerated(Strategy):
         """No score decides."""
         return False
 
+    def can_pair(self, table: ScoreTable) -> bool:
+        """Return whether there are a photograph and an image."""
+        return table.num_photos >= 1 and len(table) >= 1
+
     def pick(self, table: ScoreTable) -> tuple[list[Pick], Counter[str]]:
         """Return a pair for every photograph and image."""
         photos, images = range(table.num_photos), range(len(table))

@@ -40,6 +40,13 @@ class Weighted(Strategy):
             raise ValueError(f"the weight of {wrong[0]} must be above 0; its direction is known from its scorer")
         return weights
 
+    @field_validator("then")
+    @classmethod
+    def _goes_by_the_sum(cls, then: Strategy) -> Strategy:
+        if not then.uses_main:
+            raise ValueError(f"{then.type} goes by metrics of its own and would not look at the sum")
+        return then
+
     @property
     def named(self) -> tuple[str, ...]:
         """The metrics with a weight, and those of `then`."""
@@ -59,7 +66,8 @@ class Weighted(Strategy):
         """Return the pairs that `then` makes of the sums, of 0 to 1 for rank and win_rate, their only unit."""
         total = sum(self.weights.values())
         parts = [weight / total * self._normalised(table, name) for name, weight in self.weights.items()]
-        merits = table.merits | {_SUM: np.sum(parts, axis=0)}
+        summed = np.round(np.sum(parts, axis=0), 12)  # what ties, ties whatever the order of the weights
+        merits = table.merits | {_SUM: summed}
         return self.then.pick(replace(table, main=_SUM, merits=merits, scale=table.scale | {_SUM: 1.0}))
 
     def _normalised(self, table: ScoreTable, metric: str) -> np.ndarray:

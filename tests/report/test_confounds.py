@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from diffusion_dpo.report.confounds import LOUD_ABOVE, category, number, origin_keys
+from diffusion_dpo.report.confounds import (
+    LOUD_ABOVE,
+    MAX_VALUES,
+    category,
+    few_values,
+    number,
+    origin_keys,
+    together,
+)
 
 
 def table(seed: int, share: float, *, prompts: int = 100, each: int = 4) -> tuple[list[np.ndarray], np.ndarray]:
@@ -113,3 +121,40 @@ def test_keys_of_origins_are_categories_numbers_or_left_out() -> None:
         "seed": False,
         "steps": True,
     }
+
+
+def test_many_numbers_together_are_loud_by_chance_no_more_often_than_one() -> None:
+    """Nine numbers and random labels: without correction every third data set would be warned of."""
+    rng, loud = np.random.default_rng(0), 0
+    prompts = np.repeat(np.arange(30), 3)
+    for _ in range(200):
+        found = [number(f"n{i}", tuple(rng.normal(size=(2, 90))), prompts) for i in range(9)]
+        loud += any(it.is_loud for it in together(found))
+    assert loud <= 20
+
+
+def test_a_strong_one_is_loud_among_many() -> None:
+    rng, prompts = np.random.default_rng(0), np.repeat(np.arange(60), 3)
+    noise = [number(f"n{i}", tuple(rng.normal(size=(2, 180))), prompts) for i in range(12)]
+    chosen = rng.normal(size=180)
+    strong = number("strong", (chosen, chosen - np.where(rng.random(180) < 0.85, 1, -1)), prompts)
+    assert [it.name for it in together([*noise, strong]) if it.is_loud] == ["strong"]
+
+
+def test_too_few_prompts_are_untold_and_not_silent() -> None:
+    prompts, chosen = np.repeat(np.arange(3), 40), np.ones(120)
+    (found,) = together([number("n", (chosen, chosen * 0), prompts)])
+    assert (found.is_loud, found.is_untold) == (False, True)
+    (few,) = together([number("n", (chosen[:6], chosen[:6] * 0), prompts[:6])])
+    assert not few.is_untold
+
+
+def test_of_many_models_the_common_ones_are_told_apart() -> None:
+    rng, prompts = np.random.default_rng(0), np.arange(300)
+    names = [f"model {i}" for i in range(30)]
+    chosen = ["good" if rng.random() < 0.5 else str(rng.choice(names)) for _ in range(300)]
+    rejected = [str(rng.choice(names)) for _ in range(300)]
+    assert origin_keys({"model": it} for it in chosen + rejected) == {"model": True}
+    (found,) = together([category("model (origin)", few_values([chosen, rejected]), prompts)])
+    assert found.is_loud and found.values[0].value == "good"
+    assert len(found.values) <= MAX_VALUES

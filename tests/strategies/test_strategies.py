@@ -11,15 +11,14 @@ from scipy.special import expit
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.registry import TABLES
 from diffusion_dpo.settings import PairConfig
-from diffusion_dpo.strategies import Strategy
-from diffusion_dpo.strategies.majority import NO_MAJORITY, VETOED
+from diffusion_dpo.strategies import TOO_FEW, Strategy
+from diffusion_dpo.strategies.majority import NO_MAJORITY, OUTWEIGHED, VETOED
 from diffusion_dpo.strategies.pareto import NOT_DOMINATED
 from diffusion_dpo.strategies.plan import (
     CAPPED,
     EQUAL,
     NARROW,
     NO_SCORE,
-    TOO_FEW,
     Limits,
     make_table,
     pick_pairs,
@@ -136,6 +135,17 @@ def test_the_majority_decides_unless_one_is_far_against_it() -> None:
     assert picks(strategy("majority"), {"a": [1.0, 0.0], "b": [0.0, 0.0], "c": [0.0, 0.0]})[1] == {NO_MAJORITY: 1}
 
 
+def test_one_far_against_two_a_little_for_is_no_majority() -> None:
+    scores = {"a": [0.1, 0.0], "b": [0.1, 0.0], "c": [0.0, 0.9]}
+    assert picks(strategy("majority"), scores)[:2] == ([], {OUTWEIGHED: 1})
+
+
+def test_a_metric_has_one_vote() -> None:
+    for name in ("majority", "pareto"):
+        with pytest.raises(ConfigError, match="name each once"):
+            strategy(name, metrics=["a", "a", "b"])
+
+
 def test_two_sides_can_never_both_have_a_majority() -> None:
     with pytest.raises(ConfigError, match=r"min_agree=2 is not a majority of 4"):
         strategy("majority", metrics=["a", "b", "c", "d"], min_agree=2)
@@ -152,6 +162,21 @@ def test_weights_count_ranks_not_units() -> None:
     assert found == [("A", "B"), ("C", "B")], "A and C tie"
     assert picks(strategy("weighted", weights={"a": 5.0, "b": 1.0}), scores)[0] == [("C", "A")]
     assert picks(strategy("weighted", weights={"a": 5.0, "b": 1.0}), scores, lower=("a",))[0] == [("A", "C")]
+
+
+def test_equal_sums_tie_whatever_the_order_of_the_weights() -> None:
+    scores = {"a": [0.0, 1.0, 2.0, 3.0], "b": [3.0, 2.0, 1.0, 0.0], "c": [0.0, 3.0, 1.0, 2.0]}
+    for weights in ({"a": 0.1, "b": 0.1, "c": 0.1}, {"c": 0.1, "b": 0.1, "a": 0.1}):
+        found, drops, _ = picks(strategy("weighted", weights=weights, then="all_pairs"), scores)
+        assert (len(found), drops) == (6, {})
+    pair = {"a": [0.0, 1.0], "b": [1.0, 0.0]}
+    assert picks(strategy("weighted", weights={"a": 0.3, "b": 0.3}), pair)[:2] == ([], {EQUAL: 1})
+
+
+def test_what_goes_by_metrics_of_its_own_would_ignore_the_sum() -> None:
+    for then in ({"type": "pareto", "metrics": ["a", "b"]}, {"type": "real_vs_generated"}):
+        with pytest.raises(ConfigError, match="would not look at the sum"):
+            strategy("weighted", then=then)
 
 
 def test_win_rate_is_the_mean_over_the_others() -> None:
@@ -174,15 +199,14 @@ def test_a_gate_is_no_score() -> None:
     scores = {"a": [9.0, 3.0, 2.0, 1.0], "c": [0.0, 1.0, NAN, 1.0]}
     found, drops, _ = picks(strategy("gate"), scores)
     assert found == [("B", "D")]
-    assert drops == {"images that do not pass the gate on c": 2}
-    assert picks(strategy("gate", failed="lose", then="all_pairs"), scores)[0] == [
-        ("B", "A"),
-        ("B", "C"),
-        ("D", "A"),
-        ("D", "C"),
-        ("B", "D"),
-    ]
-    assert picks(strategy("gate"), {"a": [1.0, 2.0], "c": [0.0, 1.0]})[0] == [], "one image that passes is no pair"
+    assert drops == {"images that do not pass the gate on c": 1, NO_SCORE: 1}
+    losing = strategy("gate", failed="lose", then="all_pairs")
+    found, drops, _ = picks(losing, scores)
+    assert found == [("B", "A"), ("D", "A"), ("B", "D")]
+    assert drops == {NO_SCORE: 1}, "what nobody looked at does not lose, and what may be rejected is not dropped"
+    assert picks(losing, scores, missing="lose")[0] == [("B", "A"), ("B", "C"), ("D", "A"), ("D", "C"), ("B", "D")]
+    alone = picks(strategy("gate"), {"a": [1.0, 2.0], "c": [0.0, 1.0]})
+    assert alone[:2] == ([], {"images that do not pass the gate on c": 1, TOO_FEW: 1})
     bounds = [{"metric": "c", "min": 1, "max": 1}, {"metric": "a", "max": 2}]
     assert picks(strategy("gate", gates=bounds), scores)[1]["images that do not pass the gate on a"] == 1
 
@@ -190,6 +214,8 @@ def test_a_gate_is_no_score() -> None:
 def test_a_gate_without_bounds_is_refused() -> None:
     with pytest.raises(ConfigError, match="the gate on c needs min or max"):
         strategy("gate", gates=[{"metric": "c"}])
+    with pytest.raises(ConfigError, match="nothing passes the gate on c: min 2 is above max 1"):
+        strategy("gate", gates=[{"metric": "c", "min": 2, "max": 1}])
 
 
 def test_a_gate_before_votes() -> None:
@@ -205,8 +231,9 @@ def test_photographs_are_chosen_over_everything_drawn() -> None:
     assert found == [("photo 0", "A"), ("photo 0", "B"), ("photo 1", "A"), ("photo 1", "B")]
     assert margins == [math.inf] * 4
     assert picks(how, {"a": [1.0]}, num_photos=1)[0] == [("photo 0", "A")]
-    assert picks(how, {"a": [1.0, 2.0]})[0] == []
-    assert not how.needs_scores
+    assert picks(how, {"a": [1.0, 2.0]})[:2] == ([], {TOO_FEW: 1})
+    gated = strategy("gate", then="real_vs_generated")
+    assert picks(gated, {"a": [1.0, 2.0], "c": [1.0, 0.0]}, num_photos=1)[0] == [("photo 0", "A")]
 
 
 def test_margins_have_a_smallest_one_in_either_unit() -> None:
