@@ -18,11 +18,10 @@ from rich.table import Table
 from diffusion_dpo.card import write_environment
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, show, warn
-from diffusion_dpo.data.candidates import Candidate, find_units
-from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.candidates import find_units
+from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.prompts import Prompt, prompt_hash, read_prompts, refuse_foreign_defaults
-from diffusion_dpo.data.scores import Verdict, read_verdicts, shard_path, shards_of
-from diffusion_dpo.data.shards import CANDIDATES, SCORES, encode_png, image_struct, write_shard
+from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish, read_manifest
 from diffusion_dpo.pocket.world import is_held_out, parse_caption
@@ -30,8 +29,9 @@ from diffusion_dpo.report import Gallery, MetricScores, Pair, Report, words
 from diffusion_dpo.report.html import write_report
 from diffusion_dpo.report.statistics import METHODS, summarise
 from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, weights_hash
-from diffusion_dpo.scorers import Scorer, ScoreRequest
-from diffusion_dpo.scorers.judge import Judge, check_metrics
+from diffusion_dpo.scorers import Scorer
+from diffusion_dpo.scorers.judge import check_metrics
+from diffusion_dpo.scoring import Scoring
 from diffusion_dpo.settings import CompareConfig, ImageModel
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def run(config: CompareConfig) -> Path:
         write_environment(folder / "environment.json")
         for side, model in zip(SIDES, (config.before, config.after), strict=True):
             _draw_missing(folder / side, model, slots, config, identity, device, dtype)
-        scores = _judge_all(config, slots, trained_on, device)
+        scores = _judge_all(config, slots, trained_on)
         report = Report(
             prompt_set="held-out prompts" if all(map(_is_held_out, prompts)) else "prompts",
             num_prompts=len(prompts),
@@ -261,15 +261,15 @@ def _gallery(config: CompareConfig, slots: Sequence[_Slot]) -> Gallery:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _judge_all(
-    config: CompareConfig, slots: Sequence[_Slot], trained_on: frozenset[str], device: "torch.device"
-) -> list[MetricScores]:
+def _judge_all(config: CompareConfig, slots: Sequence[_Slot], trained_on: frozenset[str]) -> list[MetricScores]:
     """Judge what was not judged yet, by every scorer; return all values, one array a side of (num_prompts, seeds)."""
     keys = {side: _keys(config.output_dir / side, slots) for side in SIDES}
     shape = (-1, config.seeds_per_prompt)
     scores = []
     for scorer in config.scorers:
-        verdicts = _judge(scorer, config.output_dir, device)
+        scoring = Scoring(scorer, config.output_dir, config.output_dir, config.device, _JUDGED_AT_ONCE)
+        scoring.run(find_units(config.output_dir))
+        verdicts = scoring.known
         for metric in scorer.metrics:
             before, after = (
                 np.array([verdicts[key][metric.name].value for key in keys[side]]).reshape(shape) for side in SIDES
@@ -293,49 +293,6 @@ def _keys(folder: Path, slots: Sequence[_Slot]) -> list[str]:
     drawn = [(candidate.prompt_id, candidate.seed) for candidate in candidates]
     assert drawn == [(slot.prompt.id, slot.seed) for slot in slots], f"{folder} holds other images than were drawn"
     return [candidate.key for candidate in candidates]
-
-
-def _judge(scorer: Scorer, folder: Path, device: "torch.device") -> dict[str, dict[str, Verdict]]:
-    """Return {key: {metric: verdict}} for every image of both sides, judging and storing what is not known yet."""
-    label, fingerprint = scorer.metrics[0].name, scorer.fingerprint()
-    known: dict[str, dict[str, Verdict]] = {}
-    for path in shards_of(folder, label):
-        known |= read_verdicts(path, fingerprint)
-    units = [unit for unit in find_units(folder) if any(c.key not in known for c in unit.read(images=False))]
-    if not units:
-        return known
-    scorer.load(device)
-    judge = Judge(scorer, batch_size=_JUDGED_AT_ONCE)
-    with progress(label, sum(unit.num_images for unit in units), "images") as advance:
-        for unit in units:
-            candidates = {candidate.key: candidate for candidate in unit.read()}
-            new = [candidate for key, candidate in candidates.items() if key not in known]
-            scores = judge.score([_request(candidate) for candidate in new])
-            for i, candidate in enumerate(new):
-                known[candidate.key] = {
-                    name: Verdict(float(values[i]), scores.reasons[i]) for name, values in scores.values.items()
-                }
-            rows = [row for key, candidate in candidates.items() for row in _rows(candidate, known[key], fingerprint)]
-            write_shard(shard_path(folder, label, unit.name), rows, SCORES)
-            advance(unit.num_images)
-    return known
-
-
-def _request(candidate: Candidate) -> ScoreRequest:
-    references = tuple(decode_rgb(data) for data in candidate.references)
-    return ScoreRequest(decode_rgb(candidate.data), candidate.prompt, references)
-
-
-def _rows(candidate: Candidate, verdicts: dict[str, Verdict], fingerprint: str) -> Iterator[dict[str, Any]]:
-    for metric, verdict in verdicts.items():
-        yield {
-            "uid": candidate.uid,
-            "key": candidate.key,
-            "metric": metric,
-            "value": verdict.value if np.isfinite(verdict.value) else None,
-            "reason": verdict.reason,
-            "fingerprint": fingerprint,
-        }
 
 
 # --- the result ------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_a_rerun_draws_and_judges_nothing_and_an_interrupted_run_goes_on(
 
     page = (tmp_path / "run" / "report.html").read_bytes()
     monkeypatch.setattr(compare, "draw", None)
-    monkeypatch.setattr(compare, "Judge", None)
+    monkeypatch.setattr("diffusion_dpo.scoring.Judge", None)
     assert run(settings) == resumed
     assert (tmp_path / "run" / "report.html").read_bytes() == page
 

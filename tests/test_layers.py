@@ -16,7 +16,7 @@ LAYERS = [
     {"registry", "interrupt"},
     {"config", "settings", "files", "console", "pocket", "device", "processes"},
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
-    {"mixture", "sampling", "report", "card", "pairing"},
+    {"mixture", "sampling", "report", "card", "pairing", "scoring"},
     {"training"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other

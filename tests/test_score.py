@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffusion_dpo import score
+from diffusion_dpo import score, scoring
 from diffusion_dpo.config import ConfigError, load
-from diffusion_dpo.data.images import pixel_hash
+from diffusion_dpo.data.images import decode_rgb, pixel_hash
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
 from diffusion_dpo.files import alone_in
 from diffusion_dpo.pocket.world import distinct_scenes, render
@@ -36,6 +37,13 @@ class Counting(Scorer):
     lower: bool = False
     stop_after: int = 10**9
     kill_after: int = 10**9
+    hang_after: int = 10**9
+    wants_prompt: bool = False
+    fails: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"prompt"}) if self.wants_prompt else frozenset()
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -53,6 +61,10 @@ class Counting(Scorer):
             raise KeyboardInterrupt
         if len(judged) > self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
+        if len(judged) > self.hang_after:
+            time.sleep(5)
+        if any(hash_of(request.image) in self.fails for request in batch):
+            raise RuntimeError("no")
         values = np.array([np.asarray(request.image).mean() for request in batch])
         return Scores({"counting": values, "width_px": np.array([float(r.image.width) for r in batch])})
 
@@ -76,6 +88,10 @@ def candidates(tmp_path: Path) -> Path:
     for number in range(3):
         write_shard(folder / f"images-{number:05d}.parquet", rows[4 * number : 4 * number + 4], CANDIDATES)
     return folder
+
+
+def hash_of(image: Image.Image) -> int:
+    return int(pixel_hash(image)[:6], 16)
 
 
 def _row(image: Image.Image, prompt: str, index: int) -> dict[str, Any]:
@@ -160,7 +176,7 @@ def test_an_interrupted_run_leaves_whole_shards_and_continues(candidates: Path) 
 
 def test_a_killed_process_leaves_whole_shards(candidates: Path) -> None:
     command = f"""
-from diffusion_dpo import score
+from diffusion_dpo import score, scoring
 from diffusion_dpo.config import load
 from diffusion_dpo.settings import ScoreConfig
 score.run(load(ScoreConfig, None, ["path={candidates}", "device=cpu", {_counting(kill_after=6)!r}]))
@@ -234,7 +250,7 @@ def test_a_foreign_parquet_without_prompts(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_kept_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr(scoring, "IMAGES_PER_SHARD", 2)
     images = [Image.new("RGB", (32 + i, 40), (20 * i, 9, 0)) for i in range(5)]
     pq.write_table(pa.table({"image": [encode_png(image) for image in images]}), tmp_path / "train.parquet")
     with pytest.raises(KeyboardInterrupt):
@@ -400,3 +416,75 @@ def test_two_at_once_are_told_apart(candidates: Path) -> None:
     with alone_in(candidates), pytest.raises(ConfigError, match="another process is working in"):
         _score(candidates, _counting())
     _score(candidates, _counting())
+
+
+def test_images_that_always_fail_do_not_fail_the_rerun(candidates: Path) -> None:
+    images = [decode_rgb(row["image"]["bytes"]) for row in read_rows(candidates, pattern="images-*.parquet")]
+    settings = {"fails": [hash_of(images[i]) for i in (0, 1, 5)]}
+    for _ in range(2):
+        _score(candidates, _counting(**settings), "batch_size=2", "max_broken_share=0.5")
+        assert _values(candidates, "counting").count(None) == 3
+
+
+def test_what_was_judged_before_the_end_is_kept(tmp_path: Path) -> None:
+    rows = [_row(image, "p", i) for i, image in enumerate(_grey(*range(10, 34)))]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    with pytest.raises(ConfigError, match="gave no answer"):
+        _score(tmp_path, _counting(hang_after=10), "batch_size=4", "batch_timeout_seconds=0.3")
+    assert len(_values(tmp_path, "counting")) == 8
+    judged.clear()
+    _score(tmp_path, _counting(), "batch_size=4")
+    assert len(judged) == 16
+    assert len(_values(tmp_path, "counting")) == 24
+
+
+def test_what_is_lacking_is_said_before_anything_is_judged(tmp_path: Path) -> None:
+    rows = [_row(image, "" if i == 20 else "p", i) for i, image in enumerate(_grey(*range(10, 34)))]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    with pytest.raises(ConfigError, match="1 of 24 images have none"):
+        _score(tmp_path, _counting(wants_prompt=True), "batch_size=4")
+    assert judged == []
+
+
+def test_a_run_that_fails_does_not_hide_the_scores_that_are_there(candidates: Path) -> None:
+    _score(candidates, _counting())
+    facts = (candidates / "scores-counting.json").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        _score(candidates, _counting(version="2", stop_after=0))
+    assert (candidates / "scores-counting.json").read_text() == facts
+
+
+def test_files_of_like_names_keep_their_scores_apart(tmp_path: Path) -> None:
+    for name, value in (("images-a", 50), ("a", 60), ("b/train", 70), ("b-train", 80)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_shard(tmp_path / f"{name}.parquet", [_row(_grey(value)[0], "p", 0)], CANDIDATES)
+    for _ in range(2):
+        _score(tmp_path, _counting())
+        assert sorted(_values(tmp_path, "counting")) == [50, 60, 70, 80]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, image in enumerate(_grey(10, 20)):
+        image.save(folder / f"{i}.png")
+    _score(folder, _counting())
+    _score(folder / "1.png", _counting())
+    assert {10, 20} <= set(_values(folder, "counting"))
+
+
+def test_the_same_prompt_under_two_ids_is_one_prompt(tmp_path: Path) -> None:
+    rows = [_row(image, "p", i) | {"prompt_id": str(i % 2)} for i, image in enumerate(_grey(50, 60, 200))]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    _score(tmp_path, _contrast())
+    assert _values(tmp_path, "contrast") == [50 - 130, 60 - 125, 200 - 55]
+
+
+def test_a_black_image_is_no_rival(tmp_path: Path) -> None:
+    rows = [_row(image, "p", i) for i, image in enumerate(_grey(0, 100, 200))]
+    write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+    _score(tmp_path, _contrast())
+    assert _values(tmp_path, "contrast") == [None, -100, 100]
+
+
+def test_a_candidate_without_a_uid_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "images-00000.parquet", [_row(_grey(5)[0], "p", 0) | {"uid": None}], CANDIDATES)
+    with pytest.raises(ConfigError, match=r"images-00000\.parquet row 0 has no uid"):
+        _score(tmp_path, _counting())

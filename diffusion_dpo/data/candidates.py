@@ -6,6 +6,7 @@ survive renamed files and changed orders, and the same image under two prompts h
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -47,10 +48,10 @@ class Candidate:
 
     @cached_property
     def group(self) -> str:
-        """What the images of one prompt have in common, empty without one; an id alone may be another run's too."""
-        if not self.prompt_id and not self.prompt:
-            return ""
-        return _hash([self.prompt_id, self.prompt, *self._reference_hashes])
+        """What the images of one prompt have in common: its text and references; without a text its id, if any."""
+        if not self.prompt:
+            return self.prompt_id and _hash([self.prompt_id])
+        return _hash(["", self.prompt, *self._reference_hashes])
 
     @cached_property
     def _reference_hashes(self) -> list[str]:
@@ -85,17 +86,27 @@ def find_units(path: Path) -> list[Unit]:
     visible = [file for file in files if not any(part.startswith(".") for part in file.parts)]
     parquet = [file for file in visible if file.suffix == ".parquet" and not file.name.startswith("scores-")]
     if parquet:
-        return [Unit(_unit_name(file), (root / file,), num_rows(root / file)) for file in parquet]
+        names = _unit_names(parquet)
+        return [Unit(names[file], (root / file,), num_rows(root / file)) for file in parquet]
     images = tuple(root / file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise ConfigError(f"{path} holds neither Parquet files nor images ({', '.join(IMAGE_SUFFIXES)})")
+    if path.is_file():
+        return [Unit(path.name, images, 1)]
     portions = [images[start : start + _FILES_PER_UNIT] for start in range(0, len(images), _FILES_PER_UNIT)]
     return [Unit(f"{number:05d}", portion, len(portion)) for number, portion in enumerate(portions)]
 
 
-def _unit_name(relative: Path) -> str:
-    """Name a Parquet file's unit: `images-00003.parquet` is 00003, `b/train.parquet` is b-train."""
-    return "-".join(relative.with_suffix("").parts).removeprefix("images-")
+def _unit_names(files: list[Path]) -> dict[Path, str]:
+    """Name each Parquet file's unit: `images-00003.parquet` is 00003, `b/train.parquet` is b-train.
+
+    Of two that would have the same name (`a.parquet` beside `images-a.parquet`), each has a hash of its path in it.
+    """
+    names = {file: "-".join(file.with_suffix("").parts).removeprefix("images-") for file in files}
+    times = Counter(names.values())
+    return {
+        file: name if times[name] == 1 else f"{name}-{_hash([file.as_posix()])[:8]}" for file, name in names.items()
+    }
 
 
 def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
@@ -112,7 +123,7 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             data, broken = _image(row["image"])
         yield Candidate(
             where=where,
-            uid=row["uid"] if ours else _content_id(data or broken.encode()),
+            uid=_uid(where, row) if ours else _content_id(data or broken.encode()),
             prompt=row.get("prompt") or "",
             prompt_id=str(row.get("prompt_id") or ""),
             seed=row.get("seed"),
@@ -122,6 +133,14 @@ def _read_parquet(file: Path, *, images: bool) -> Iterator[Candidate]:
             settings_hash=row.get("settings_hash") or "",
             broken=broken,
         )
+
+
+def _uid(where: str, row: dict[str, Any]) -> str:
+    if not isinstance(row["uid"], str) or not row["uid"]:
+        raise ConfigError(
+            f"{where} has no uid; make the candidates again, or remove the column uid to have it computed"
+        )
+    return row["uid"]
 
 
 def _read_file(file: Path) -> Candidate:

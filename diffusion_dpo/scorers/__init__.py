@@ -40,6 +40,8 @@ class ScoreRequest:
     prompt: str = ""
     references: tuple["Image.Image", ...] = ()
     rivals: tuple["Image.Image", ...] = ()
+    copies: int = 1
+    """How often this very image is there under its prompt, itself included; known where rivals are."""
 
 
 @dataclass(frozen=True)

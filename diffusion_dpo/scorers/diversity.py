@@ -33,7 +33,10 @@ class Diversity(LpipsScorer):
         )
 
     def score(self, batch: Sequence[ScoreRequest]) -> Scores:
-        """Return nearest and mean distance; NaN with a reason for an image without others. No pair is taken twice."""
+        """Return nearest and mean distance; NaN with a reason for an image without others. No pair is taken twice.
+
+        A copy of the image is another image at distance 0.
+        """
         import torch
 
         assert self._model is not None, "load() comes before score()"
@@ -47,9 +50,15 @@ class Diversity(LpipsScorer):
         with torch.inference_mode():
             values = self._model.distances(list(images.values()), pairs).double().cpu().numpy()
         distance = dict(zip(pairs, values, strict=True))
-        own = [np.array([distance[pair] for pair in pairs]) if pairs else np.full(1, np.nan) for pairs in wanted]
+        own = [
+            np.array([0.0] * (request.copies - 1) + [distance[pair] for pair in pairs])
+            for request, pairs in zip(batch, wanted, strict=True)
+        ]
         nearest, mean = self.metrics
         return Scores(
-            {nearest.name: np.array([d.min() for d in own]), mean.name: np.array([d.mean() for d in own])},
-            tuple("" if request.rivals else _ALONE for request in batch),
+            {
+                nearest.name: np.array([others.min() if others.size else np.nan for others in own]),
+                mean.name: np.array([others.mean() if others.size else np.nan for others in own]),
+            },
+            tuple("" if others.size else _ALONE for others in own),
         )

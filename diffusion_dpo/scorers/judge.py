@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _RANGE_TOLERANCE = 1e-4
 """How far, relative to the width of the range, rounding may carry a value out of it."""
 _METRIC_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_PATIENCE = 8
+"""So many images without any that could be judged, and it is not the images."""
 FAILED = "the scorer failed: "
 """How the reason begins where a scorer raised; such images are judged again by the next run."""
 
@@ -55,11 +57,20 @@ def judge(
 class Judge:
     """A loaded scorer at work; it remembers, from call to call, the batch size that fits in memory."""
 
-    def __init__(self, scorer: Scorer, *, batch_size: int, timeout_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        batch_size: int,
+        timeout_seconds: float | None = None,
+        has_answered: bool = False,
+    ) -> None:
         self.scorer = scorer
         self.batch_size = batch_size
         self.timeout_seconds = timeout_seconds
-        self._has_answered = False
+        self.has_answered = has_answered
+        """Whether it has ever judged an image: then one on which it fails is the image's fault."""
+        self._num_failed = 0
 
     def score(
         self, requests: Sequence[ScoreRequest], *, advance: Callable[[int], None] = lambda count: None
@@ -68,7 +79,11 @@ class Judge:
 
         Equal requests are scored once, so that they tie exactly: in two batches, rounding could set them apart.
         """
-        _refuse_lacking(self.scorer, requests)
+        lacking = {
+            "prompt": sum(not request.prompt.strip() for request in requests),
+            "reference": sum(not request.references for request in requests),
+        }
+        refuse_lacking(self.scorer, lacking, len(requests))
         keys = _keys(requests)
         unique = dict(zip(keys, requests, strict=True))
         scores = self._score_unique(list(unique.values()), advance)
@@ -121,23 +136,18 @@ class Judge:
                 f"batch_timeout_seconds={self.timeout_seconds:g}; what was judged is kept. Is it stuck? If it is only "
                 "slow, raise that, or lower batch_size"
             ) from None
-        self._has_answered = True
+        self.has_answered = True
         return _checked(self.scorer, scores, len(batch))
 
     def _spare_the_others(self, batch: Sequence[ScoreRequest], error: Exception) -> Scores:
         """Judge one by one the images of a batch on which a scorer raised; those that it raises on again are NaN.
 
-        Raises ConfigError where it is not the images: none of the batch can be judged.
+        Raises ConfigError where it is not the images: many are tried, and none can be judged.
         """
-        if len(batch) == 1 and (self._has_answered or self.batch_size > 1):
-            return self._failure(error)
         parts = [self._alone(request) for request in batch] if len(batch) > 1 else [self._failure(error)]
-        if all(part.reasons[0].startswith(FAILED) for part in parts):
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise ConfigError(
-                f"the scorer {self.scorer.type} fails on every image, at {Path(place.filename).name} line "
-                f"{place.lineno}: {_said(error)}"
-            ) from error
+        self._num_failed += sum(part.reasons[0].startswith(FAILED) for part in parts)
+        if not self.has_answered and self._num_failed >= _PATIENCE:
+            raise ConfigError(f"the scorer {self.scorer.type} fails on every image: {_said(error)}") from error
         return _joined(self.scorer, parts)
 
     def _alone(self, request: ScoreRequest) -> Scores:
@@ -153,11 +163,14 @@ class Judge:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    """What was raised, and where."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text} ({Path(place.filename).name} line {place.lineno})"
 
 
-class _Overdue(Exception):  # noqa: N818 - a scorer that catches errors must not take it for one of its own
-    """The time for a batch is over."""
+class _Overdue(BaseException):
+    """The time for a batch is over; like KeyboardInterrupt it passes every `except Exception`."""
 
 
 @contextmanager
@@ -171,11 +184,11 @@ def _deadline(seconds: float | None) -> Iterator[None]:
         raise _Overdue
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -218,7 +231,7 @@ def _keys(requests: Sequence[ScoreRequest]) -> list[tuple[str | bytes, ...]]:
 
 
 def _each(describe: "Callable[[Image.Image], bytes]", request: ScoreRequest) -> Iterator[str | bytes]:
-    yield str(len(request.references))
+    yield f"{len(request.references)} {request.copies}"
     yield from (describe(image) for image in (request.image, *request.references, *request.rivals))
 
 
@@ -230,17 +243,14 @@ def _digest(image: "Image.Image") -> bytes:
     return hashlib.sha256(image.tobytes()).digest()
 
 
-def _refuse_lacking(scorer: Scorer, requests: Sequence[ScoreRequest]) -> None:
-    lacking = {
-        "prompt": sum(not request.prompt.strip() for request in requests),
-        "reference": sum(not request.references for request in requests),
-    }
+def refuse_lacking(scorer: Scorer, lacking: Mapping[str, int], total: int) -> None:
+    """Raise ConfigError when images lack what a scorer needs; `lacking` counts those without prompt and reference."""
     for need in sorted(scorer.needs & lacking.keys()):
         if lacking[need]:
             column = {"prompt": "a `prompt`", "reference": "`references`"}[need]
             raise ConfigError(
-                f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {len(requests)} "
-                f"images have none; add {column} to the data, or leave this scorer out"
+                f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {total} images have "
+                f"none; add {column} to the data, or leave this scorer out"
             )
 
 
@@ -261,6 +271,8 @@ def _checked(scorer: Scorer, scores: Scores, count: int) -> Scores:
         )
     if scores.reasons and len(scores.reasons) != count:
         raise ScorerContractError(f"scorer {scorer.type} returned {len(scores.reasons)} reasons for {count} images")
+    if not all(isinstance(reason, str) for reason in scores.reasons):
+        raise ScorerContractError(f"scorer {scorer.type} returned a reason that is no text: {scores.reasons[:3]}")
     reasons = tuple(scores.reasons) or ("",) * count
     for metric in scorer.metrics:
         complaint = _complaint(metric, scores.values[metric.name], reasons)

@@ -275,7 +275,7 @@ def test_the_reference_server_says_what_the_scorer_says(reference_server: str, i
 def test_a_server_that_is_down_costs_nothing_that_was_judged(
     images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("diffusion_dpo.score.IMAGES_PER_SHARD", 1)
+    monkeypatch.setattr("diffusion_dpo.scoring.IMAGES_PER_SHARD", 1)
     up = 2
     served = serve(lambda body: score_light(body) if len(served.asked) <= up else Reply(b"", 503))
     scorers = f"scorers=[{_scorer(served.url).model_dump_json()}]"
