@@ -17,7 +17,16 @@ PROGRAM = """
 import os, signal, sys
 from diffusion_dpo import cli, pair, score
 from diffusion_dpo.data import shards
+from diffusion_dpo.scorers.brightness import Brightness
 
+judge = Brightness.score
+
+def logged(self, batch):
+    with open("judged.log", "a") as log:
+        log.writelines("image\n" for _ in batch)
+    return judge(self, batch)
+
+Brightness.score = logged
 left = int(sys.argv[1])
 moment = sys.argv[2]
 replace, writer = os.replace, shards.pq.ParquetWriter.write_table
@@ -83,6 +92,10 @@ def test_killed_twice_and_then_finished(tmp_path: Path) -> None:
         for kill_after, moment in ((1, "within"), (1, "after")):
             assert run(tmp_path / "killed", verb, kill_after=kill_after, moment=moment) == -signal.SIGKILL
         assert run(tmp_path / "killed", verb) == 0
+    judged = {name: len((tmp_path / name / "judged.log").read_text().splitlines()) for name in ("whole", "killed")}
+    assert judged == {"whole": 48, "killed": 48 + 12}, "each image once, but for the file that was lost half-written"
+    for name in judged:
+        (tmp_path / name / "judged.log").unlink()
     assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")
     keys = [row["key"] for row in read_rows(tmp_path / "killed" / "candidates", pattern="scores-*.parquet")]
     assert len(keys) == len(set(keys)) == 48
