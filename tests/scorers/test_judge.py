@@ -169,9 +169,7 @@ class Moody(Gray):
 def test_one_odd_image_does_not_cost_the_others() -> None:
     scores = judge(Moody(bad=(3, 9)), REQUESTS, batch_size=4)
     assert np.isnan(scores.values["gray"]).nonzero()[0].tolist() == [3, 9]
-    assert re.fullmatch(
-        rf"{FAILED}KeyError: 'no such.nface' .test_judge.py line \d+.", scores.reasons[3].replace("\\", ".")
-    )
+    assert re.match(rf"{FAILED}KeyError: 'no such..face' .test_judge.py line \d+", scores.reasons[3])
     assert not any(reason for i, reason in enumerate(scores.reasons) if i not in (3, 9))
 
 
