@@ -23,7 +23,7 @@ judge = Brightness.score
 
 def logged(self, batch):
     with open("judged.log", "a") as log:
-        log.writelines("image\n" for _ in batch)
+        print(*map(id, batch), sep="\\n", file=log)
     return judge(self, batch)
 
 Brightness.score = logged
