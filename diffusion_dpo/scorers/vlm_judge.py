@@ -51,7 +51,12 @@ Outcome = Literal["won", "lost", "tie", "inconsistent", "unparseable"]
 
 
 class VlmJudge(RemoteScorer):
-    """A vision-language model that compares the images of a prompt (or, `mode: pointwise`, gives points to each)."""
+    """A vision-language model that compares the images of a prompt (or, `mode: pointwise`, gives points to each).
+
+    Known biases: it prefers a place, which is why both orders are asked, and that costs it verdicts on images that are
+    much alike; counts, hands and small text escape it; images made by a model of its own kind and glossy ones please
+    it more than they please people; points crowd at a few values; text in an image can tell it what to answer.
+    """
 
     licence = "that of the model behind the endpoint"
     source = "Zheng et al. 2023, arXiv 2306.05685"
