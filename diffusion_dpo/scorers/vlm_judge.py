@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -21,7 +20,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.scorers import Metric, Need, ScoreRequest, Scores
 from diffusion_dpo.scorers.answer_log import AnswerLog
-from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png
+from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png, in_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -170,26 +169,10 @@ class VlmJudge(RemoteScorer):
         """Return the raw answers by key, after asking for those that the log lacks, each once."""
         assert self._log is not None, "load() comes before score()"
         new = {ask.key: ask for ask in asks if ask.key not in self._log}
-        stop = Event()
-
-        def work(ask: _Ask) -> None:
-            if stop.is_set():
-                return
-            try:
-                self._ask(ask, pngs)
-            except ConfigError:
-                stop.set()
-                raise
-
-        pool = ThreadPoolExecutor(self.num_parallel)
-        try:
-            list(pool.map(work, new.values()))  # raises what the first that failed raised
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        in_parallel(lambda ask, stop: self._ask(ask, pngs, stop), list(new.values()), self.num_parallel)
         return {ask.key: self._log[ask.key] for ask in asks}
 
-    def _ask(self, ask: "_Ask", pngs: "_Pngs") -> None:
+    def _ask(self, ask: "_Ask", pngs: "_Pngs", stop: Event) -> None:
         assert self._log is not None
         wording = PAIRWISE if self.mode == "pairwise" else POINTWISE
         text = wording.format(prompt=json.dumps(ask.prompt, ensure_ascii=False), question=self.question)
@@ -202,7 +185,7 @@ class VlmJudge(RemoteScorer):
         body = {"model": self.model, "temperature": 0, "max_tokens": _MAX_TOKENS, "messages": messages}
         url = f"{self.url.rstrip('/')}/chat/completions"
         try:
-            raw = _content(url, self.post(url, body))
+            raw = _content(url, self.post(url, body, stop))
         except Refused as error:
             if not any(code in error.answer for code in _FILTERED):
                 raise

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +22,7 @@ from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
 from diffusion_dpo.scorers import ScoreRequest, Scores, remote
-from diffusion_dpo.scorers.judge import judge
+from diffusion_dpo.scorers.judge import Judge, judge
 from diffusion_dpo.scorers.vlm_judge import VlmJudge, choose_rivals, parse_points, parse_verdict
 from tests.scorers.servers import Reply, Served, chat, decode, light, serve
 
@@ -236,6 +238,9 @@ def test_references_and_question_are_shown_when_asked_for(tmp_path: Path) -> Non
     _scores(served, tmp_path, requests, question="which is darker", include_references=True)
     assert [_shown(body)[0] for _, _, body in served.asked] == pytest.approx([1 / 3] * 2)
     assert len(served.asked) == 2, "what was shown without references does not stand for this"
+    others = [replace(one, references=(Image.new("RGB", (32, 32), "blue"),)) for one in requests]
+    _scores(served, tmp_path, others, question="which is darker", include_references=True)
+    assert len(served.asked) == 4, "nor what was shown with other references"
 
 
 def test_what_decides_the_values_is_in_the_fingerprint(tmp_path: Path) -> None:
@@ -295,6 +300,47 @@ def test_a_failure_in_the_middle_keeps_what_was_answered(tmp_path: Path) -> None
     healthy = _lighter()
     _scores(healthy, tmp_path)
     assert len(healthy.asked) == 13
+
+
+def _slow(released: threading.Event) -> Served:
+    """An endpoint that answers one request and then keeps all others waiting, for a minute at most."""
+
+    def answer(body: Any) -> Reply:
+        if len(served.asked) > 1:
+            released.wait(60)
+        return _say_a()
+
+    served = serve(answer)
+    return served
+
+
+def test_a_deadline_waits_for_no_answer_and_no_retry(tmp_path: Path) -> None:
+    released = threading.Event()
+    served, busy = _slow(released), serve(lambda body: Reply(b"", 503, {"Retry-After": "60"}))
+    began = time.monotonic()
+    for endpoint in (served, busy):
+        worker = Judge(_scorer(endpoint, tmp_path), batch_size=64, timeout_seconds=0.5)
+        with pytest.raises(ConfigError, match=r"no answer on 5 images within batch_timeout_seconds=0\.5"):
+            worker.score(_group())
+    assert time.monotonic() - began < 10
+    assert len(served.asked) == 5, "four at a time"
+    released.set()
+    time.sleep(0.3)
+    assert len(served.asked) == 5 and len(busy.asked) == 4, "nothing new is asked"
+
+
+def test_ctrl_c_waits_for_no_answer(candidates: Path) -> None:
+    served = _slow(threading.Event())
+    command = [sys.executable, "-m", "diffusion_dpo", *_arguments(candidates, served.url)]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while len(served.asked) < 5 and process.poll() is None:
+            time.sleep(0.01)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - began < 10
 
 
 def _say_a() -> Reply:
