@@ -302,6 +302,20 @@ def test_a_failure_in_the_middle_keeps_what_was_answered(tmp_path: Path) -> None
     assert len(healthy.asked) == 13
 
 
+def test_one_refusal_ends_the_asking_of_all_threads(tmp_path: Path) -> None:
+    def answer(body: Any) -> Reply:
+        if len(served.asked) == 1:
+            return Reply(b"no", 401)
+        time.sleep(0.2)
+        return _say_a()
+
+    served = serve(answer)
+    with pytest.raises(ConfigError, match="401"):
+        _scores(served, tmp_path, num_parallel=4)
+    assert len(served.asked) <= 4
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(served.asked) - 1, "others may end"
+
+
 def _slow(released: threading.Event) -> Served:
     """An endpoint that answers one request and then keeps all others waiting, for a minute at most."""
 
