@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,12 +90,17 @@ def _off_center(face: Face, size: tuple[int, int]) -> float:
     return float(np.hypot((left + right - size[0]) / 2, (top + bottom - size[1]) / 2))
 
 
-def version_of(package: str, scorer: str) -> str:
-    """Return a package's version without importing it; raises ConfigError, saying how to install it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"scorer {scorer} needs {package}: pip install 'diffusion-dpo[face]'") from None
+def version_of(module: str, scorer: str) -> str:
+    """Return a module's version without importing it; raises ConfigError, saying how to install it.
+
+    It is that of whichever distribution brings the module: cv2 comes as opencv-python, as its headless one and so on.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"scorer {scorer} needs the module {module}: pip install 'diffusion-dpo[face]'")
+    found = importlib.metadata.packages_distributions().get(module)
+    if not found:  # built by hand, or a system's package, which leaves no metadata
+        return str(importlib.import_module(module).__version__)
+    return " ".join(sorted({importlib.metadata.version(name) for name in found}))
 
 
 class FaceJudge(Scorer):

@@ -41,7 +41,7 @@ class SFace(FaceJudge):
 
     def fingerprint(self) -> str:
         """Hash the settings, OpenCV's version and the bytes of both files, without importing OpenCV."""
-        decides = [self.faces, self.references, str(self.det_thresh), version_of("opencv-python", "sface")]
+        decides = [self.faces, self.references, str(self.det_thresh), version_of("cv2", "sface")]
         decides.append(content_hash(self._files()))
         return f"sface-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 

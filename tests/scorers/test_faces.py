@@ -1,5 +1,7 @@
 """The judges of identity: real insightface and OpenCV over small ONNX files that find red squares."""
 
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.registry import resolve
 from diffusion_dpo.scorers import Scorer, ScoreRequest
-from diffusion_dpo.scorers.faces import NO_DIRECTION, Face, choose, similarity, unit
+from diffusion_dpo.scorers.faces import NO_DIRECTION, Face, choose, similarity, unit, version_of
 from tests.scorers.tiny_faces import make_detector, make_pack, make_recogniser, make_yunet
 
 
@@ -122,6 +124,22 @@ def test_a_reference_is_looked_at_once(kind: tuple[str, dict[str, object]], monk
 def test_settings_change_the_fingerprint(kind: tuple[str, dict[str, object]]) -> None:
     settings = [{}, {"faces": "center"}, {"references": "max"}, {"det_thresh": 0.6}]
     assert len({make(kind, **each).fingerprint() for each in settings}) == len(settings)
+
+
+def test_opencv_counts_whatever_distribution_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    official = version_of("cv2", "sface")
+    assert official.startswith(cv2.__version__)
+    there = {"cv2": ["opencv-python-headless"]}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: there)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"7 of {name}")
+    assert version_of("cv2", "sface") == "7 of opencv-python-headless"
+    there.clear()
+    assert version_of("cv2", "sface") == cv2.__version__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sface needs the module cv2: pip install 'diffusion-dpo\[face\]'"):
+        version_of("cv2", "sface")
 
 
 def test_folders_that_insightface_would_stumble_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -277,11 +279,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def reference_server() -> Iterator[str]:
-    """The settings that scripts/score_server.py prints for brightness."""
-    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), "brightness", "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@contextmanager
+def _reference_server(scorer: str, *more: Path) -> Iterator[str]:
+    """The settings that scripts/score_server.py prints for a scorer."""
+    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), scorer, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *more)))}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as server:
@@ -290,6 +292,50 @@ def reference_server() -> Iterator[str]:
             yield server.stdout.readline().strip()
         finally:
             server.kill()
+
+
+@pytest.fixture
+def reference_server() -> Iterator[str]:
+    with _reference_server("brightness") as settings:
+        yield settings
+
+
+MOODY = """
+from diffusion_dpo.scorers.brightness import Brightness
+
+
+class Moody(Brightness):
+    def score(self, batch):
+        if any(request.image.getpixel((0, 0))[0] == 120 for request in batch):
+            raise KeyError("no such face")
+        return super().score(batch)
+"""
+
+
+def test_what_the_reference_server_stumbles_over_is_missing(images: Path, tmp_path: Path) -> None:
+    """One image in three, on which the scorer raises: null with the reason, and the connection holds."""
+    (tmp_path / "moody_judge.py").write_text(MOODY)
+    with _reference_server("{type: 'moody_judge:Moody'}", tmp_path) as settings:
+        assert main(["score", f"path={images}", "device=cpu", "max_broken_share=1", settings]) == 0
+        rows = list(read_rows(images, pattern="scores-brightness-*.parquet"))
+        assert sorted(row["value"] is None for row in rows) == [False, False, True]
+        (reason,) = {row["reason"] for row in rows if row["value"] is None}
+        assert "KeyError" in reason and "no such face" in reason
+        url = json.loads(settings.removeprefix("scorers="))[0]["url"]
+        bad = remote.as_png(Image.new("RGB", (40, 32), (120, 0, 0)))
+        scorer = _scorer(url, gives=[{"name": "brightness"}], max_retries=0)
+        with pytest.raises(ConfigError, match=r"500 .*fails on every image.*no such face"):
+            scorer.post(url, {"images": [bad, remote.as_png(Image.new("RGB", (9, 9), (120, 0, 9)))]})
+
+
+@pytest.mark.parametrize(
+    "scorer, says", [("diversity", "diversity compares .* cannot be served"), ("none", "unknown")]
+)
+def test_what_the_reference_server_cannot_serve_is_one_sentence(scorer: str, says: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), scorer, "--port", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 2 and re.search(says, run.stderr)
+    assert not run.stdout and "Traceback" not in run.stderr
 
 
 def _values(folder: Path, metric: str) -> list[float]:
