@@ -27,31 +27,31 @@ def locate(scorer: str, model: str, pretrained: str | None, revision: str | None
     if model == "pocket":
         if not (POCKET_DIR / _WEIGHTS).is_file():
             raise ConfigError(
-                f"scorer clip: this installation lacks {POCKET_DIR / _WEIGHTS}; install the package again, or make "
-                "the file with scripts/train_pocket.py"
+                f"scorer {scorer}: this installation lacks {POCKET_DIR / _WEIGHTS}; install the package again, or "
+                "make the file with scripts/train_pocket.py"
             )
         return files_of(POCKET_DIR)
     if model.startswith(LOCAL):
-        return _local_files(Path(model.removeprefix(LOCAL)).expanduser())
+        return _local_files(scorer, Path(model.removeprefix(LOCAL)).expanduser())
     if model.startswith(HUB):
         return _hub_files(scorer, model.removeprefix(HUB), revision)
     assert pretrained is not None, "an architecture name comes with pretrained"
-    return [_pretrained_file(model, pretrained)]
+    return [_pretrained_file(scorer, model, pretrained)]
 
 
-def _local_files(folder: Path) -> list[Path]:
+def _local_files(scorer: str, folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ConfigError(f"scorer clip: there is no folder {folder}; model={LOCAL}... needs one with {_CONFIG}")
+        raise ConfigError(f"scorer {scorer}: there is no folder {folder}; model={LOCAL}... needs one with {_CONFIG}")
     files = files_of(folder)
     if not any(file.name == _CONFIG for file in files):
         raise ConfigError(
-            f"scorer clip: {folder} lacks {_CONFIG}; download it with the weights from a model page that lists the "
-            "library OpenCLIP on https://huggingface.co into that folder"
+            f"scorer {scorer}: {folder} lacks {_CONFIG}; download it with the weights from a model page that lists "
+            "the library OpenCLIP on https://huggingface.co into that folder"
         )
     if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
         raise ConfigError(
-            f"scorer clip: {folder} has {_CONFIG} but no weights; download {_WEIGHTS} from the same model page into "
-            "that folder"
+            f"scorer {scorer}: {folder} has {_CONFIG} but no weights; download {_WEIGHTS} from the same model page "
+            "into that folder"
         )
     return files
 
@@ -86,7 +86,7 @@ def preprocessing(architecture: str, pretrained: str) -> str:
     return str(open_clip.get_pretrained_cfg(architecture, pretrained))
 
 
-def _pretrained_file(architecture: str, pretrained: str) -> Path:
+def _pretrained_file(scorer: str, architecture: str, pretrained: str) -> Path:
     """Return the weights of an architecture: the file that `pretrained` names, or its tag's."""
     if Path(pretrained).is_file():
         return Path(pretrained)
@@ -98,17 +98,18 @@ def _pretrained_file(architecture: str, pretrained: str) -> Path:
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise ConfigError(
-            f"scorer clip: pretrained={pretrained} is neither a file nor a tag of {architecture} (its tags: {tags})"
+            f"scorer {scorer}: pretrained={pretrained} is neither a file nor a tag of {architecture} "
+            f"(its tags: {tags})"
         )
     try:
         file = Path(download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
         page = f"https://huggingface.co/{tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url")
         raise ConfigError(
-            f"scorer clip: cannot download the weights {pretrained} of {architecture}; get them from {page} and set "
-            "pretrained to the file"
+            f"scorer {scorer}: cannot download the weights {pretrained} of {architecture}; get them from {page} and "
+            "set pretrained to the file"
         ) from error
     if tag.get("hf_hub"):
         repository = str(Path(tag["hf_hub"]).parent if Path(tag["hf_hub"]).suffix else tag["hf_hub"]).strip("/")
-        say(f"scorer clip: the tag {pretrained} is not pinned; now {repository} at revision={revision_of(file)}")
+        say(f"scorer {scorer}: the tag {pretrained} is not pinned; now {repository} at revision={revision_of(file)}")
     return file
