@@ -301,13 +301,17 @@ def reference_server() -> Iterator[str]:
 
 
 MOODY = """
+from diffusion_dpo.scorers import Scores
 from diffusion_dpo.scorers.brightness import Brightness
 
 
 class Moody(Brightness):
     def score(self, batch):
-        if any(request.image.getpixel((0, 0))[0] == 120 for request in batch):
+        reds = [request.image.getpixel((0, 0))[0] for request in batch]
+        if 120 in reds:
             raise KeyError("no such face")
+        if 130 in reds:
+            return Scores({})
         return super().score(batch)
 """
 
@@ -322,10 +326,9 @@ def test_what_the_reference_server_stumbles_over_is_missing(images: Path, tmp_pa
         (reason,) = {row["reason"] for row in rows if row["value"] is None}
         assert "KeyError" in reason and "no such face" in reason
         url = json.loads(settings.removeprefix("scorers="))[0]["url"]
-        bad = remote.as_png(Image.new("RGB", (40, 32), (120, 0, 0)))
         scorer = _scorer(url, gives=[{"name": "brightness"}], max_retries=0)
-        with pytest.raises(ConfigError, match=r"500 .*fails on every image.*no such face"):
-            scorer.post(url, {"images": [bad, remote.as_png(Image.new("RGB", (9, 9), (120, 0, 9)))]})
+        with pytest.raises(ConfigError, match=r"500 .*ScorerContractError.*returned \[\]"):
+            scorer.post(url, {"images": [remote.as_png(Image.new("RGB", (32, 32), (130, 0, 0)))]})
 
 
 @pytest.mark.parametrize(
