@@ -51,8 +51,8 @@ class Config(BaseModel):
     @classmethod
     def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
         """Read `~` as the home folder wherever a path is meant, as a shell would."""
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        a_path = info.field_name == "pretrained" or Path in (annotation, *typing.get_args(annotation))
+        kind = cls.model_fields[str(info.field_name)].annotation
+        a_path = info.field_name in ("pretrained", "processor", "encoder") or Path in (kind, *typing.get_args(kind))
         tilde = isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/"))
         return str(Path(value).expanduser()) if a_path and tilde else value
 

@@ -8,7 +8,8 @@ serves a scorer of this package, one request at a time, to this machine alone, a
 
 If a model's packages do not go together with ours, copy this file into an environment of its own, and put the model
 behind `make_judge`: it returns a function from PIL images, prompts and reference images (one list an image) to a
-value or None for every image, by metric, and to reasons, one an image. All else needs Python and Pillow only.
+value or None for every image, by metric, and to reasons, one an image. What it raises is answered with 500 and one
+sentence. All else needs Python and Pillow only.
 """
 
 import argparse
@@ -22,26 +23,33 @@ from typing import Any
 
 from PIL import Image
 
-Judge = Callable[[list[Image.Image], list[str], list[list[Image.Image]]], tuple[dict[str, Any], list[str]]]
+Answer = Callable[[list[Image.Image], list[str], list[list[Image.Image]]], tuple[dict[str, Any], list[str]]]
 MAX_BODY_BYTES = 512 * 2**20
+MAX_BATCH_SIZE = 64
 
 
-def make_judge(name: str, url: str) -> Judge:
+def make_judge(name: str, url: str) -> Answer:
     """Replace this function by yours."""
     from diffusion_dpo.config import load
     from diffusion_dpo.device import pick_device
     from diffusion_dpo.scorers import ScoreRequest
+    from diffusion_dpo.scorers.judge import Judge
     from diffusion_dpo.settings import ScoreConfig
 
     (scorer,) = load(ScoreConfig, None, [f"scorers=[{name}]"]).scorers
+    if "rivals" in scorer.needs:
+        raise ValueError(
+            f"{scorer.type} compares the images of a prompt, which http does not send: it cannot be served"
+        )
     scorer.load(pick_device("auto"))
+    worker = Judge(scorer, batch_size=MAX_BATCH_SIZE)  # of an image that the scorer stumbles over it gives NaN
     gives = [vars(m) | {"range": [b if math.isfinite(b) else None for b in m.range]} for m in scorer.metrics]
     settings = {"type": "http", "url": url, "version": scorer.fingerprint(), "sends": sorted(scorer.needs)}
     print(f"scorers=[{json.dumps(settings | {'gives': gives})}]", flush=True)
 
     def judge(images: list[Image.Image], prompts: list[str], references: list[list[Image.Image]]) -> Any:
         rows = zip(images, prompts, references, strict=True)
-        scores = scorer.score([ScoreRequest(image, prompt, tuple(others)) for image, prompt, others in rows])
+        scores = worker.score([ScoreRequest(image, prompt, tuple(others)) for image, prompt, others in rows])
         values = {k: [None if math.isnan(v) else v for v in array.tolist()] for k, array in scores.values.items()}
         return values, list(scores.reasons)
 
@@ -49,7 +57,7 @@ def make_judge(name: str, url: str) -> Judge:
 
 
 class Handler(BaseHTTPRequestHandler):
-    judge: Judge
+    judge: Answer
     timeout = 60
 
     def do_POST(self) -> None:
@@ -63,7 +71,10 @@ class Handler(BaseHTTPRequestHandler):
             references = [[decode(text) for text in one] for one in body.get("references", [[]] * len(images))]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             return self.answer(400, {"error": f"not a request: {error}"})
-        values, reasons = type(self).judge(images, prompts, references)
+        try:
+            values, reasons = type(self).judge(images, prompts, references)
+        except Exception as error:  # noqa: BLE001 - a model is anybody's code, and one request must not end the rest
+            return self.answer(500, {"error": f"{type(error).__name__}: {error}"})
         return self.answer(200, {"metrics": values, "reasons": reasons})
 
     def answer(self, status: int, content: dict[str, Any]) -> None:
@@ -85,7 +96,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     with HTTPServer(("127.0.0.1", arguments.port), Handler) as server:
-        Handler.judge = staticmethod(make_judge(arguments.scorer, f"http://127.0.0.1:{server.server_port}"))
+        try:
+            judge = make_judge(arguments.scorer, f"http://127.0.0.1:{server.server_port}")
+        except ValueError as error:  # diffusion-dpo's ConfigError is one
+            parser.exit(2, f"{error}\n")
+        Handler.judge = staticmethod(judge)
         server.serve_forever()
 
 

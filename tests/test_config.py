@@ -9,7 +9,7 @@ from pydantic import Field
 
 from diffusion_dpo.cli_help import describe_settings
 from diffusion_dpo.config import Config, ConfigError, Plugin, command, dump, load, plugin, settings
-from diffusion_dpo.settings import VERBS, DemoConfig, PairConfig, TrainConfig
+from diffusion_dpo.settings import VERBS, DemoConfig, PairConfig, ScoreConfig, TrainConfig
 
 
 def write(folder: Path, text: str) -> Path:
@@ -156,6 +156,11 @@ def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.Mo
     assert (config.output_dir, config.cache_dir) == (tmp_path / "out", tmp_path)
     assert (config.data.path, config.model.pretrained) == (tmp_path / "pairs", str(tmp_path / "sd"))
     assert load(TrainConfig, None, ["model.revision=~/x"]).model.revision == "~/x"
+    blocks = "{type: lpips, trunk_path: ~/a}, "
+    blocks += "{type: aesthetic, head: ~/b, encoder: ~/c}, {type: pickscore, processor: ~/d}"
+    lpips, aesthetic, pickscore = load(ScoreConfig, None, ["path=~/x", f"scorers=[{blocks}]"]).scorers
+    found = (lpips.trunk_path, aesthetic.head, aesthetic.encoder, pickscore.processor)
+    assert [str(path) for path in found] == [str(tmp_path / name) for name in "abcd"]
     assert load(TrainConfig, write(tmp_path, dump(config))) == config
 
 

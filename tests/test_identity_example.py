@@ -9,6 +9,7 @@ from diffusion_dpo import pair, score
 from diffusion_dpo.config import load
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
+from diffusion_dpo.scorers.faces import NO_FACE
 from diffusion_dpo.settings import PairConfig, ScoreConfig
 from tests.photos import photo
 from tests.scorers.tiny_faces import make_pack
@@ -24,7 +25,7 @@ def test_a_face_that_is_there_wins_and_one_that_is_not_never_does(tmp_path: Path
         "cropped": person.crop((32, 8, 96, 72)).resize((128, 128)),
         "warmer": Image.blend(person, Image.new("RGB", person.size, "orange"), 0.3),
         "other": Image.open(OTHER).convert("RGB").resize((128, 128)),
-        "none": Image.new("RGB", (128, 128)),
+        "none": Image.new("RGB", (128, 128), (9, 9, 9)),  # dark, and not so black that no scorer is asked
     }
     folder = tmp_path / "candidates"
     folder.mkdir()
@@ -48,9 +49,12 @@ def test_a_face_that_is_there_wins_and_one_that_is_not_never_does(tmp_path: Path
     score.run(load(ScoreConfig, None, [f"path={folder}", "device=cpu", scorer]))
     found = list(read_rows(folder, pattern="scores-*.parquet"))
     values = {row["uid"]: row["value"] for row in found if row["metric"] == "arcface"}
+    reasons = {row["uid"]: row["reason"] for row in found if row["metric"] == "arcface"}
+    counts = {row["uid"]: row["value"] for row in found if row["metric"] == "arcface_n_faces"}
     uids = {name: pixel_hash(image) for name, image in variations.items()}
     assert values[uids["same"]] > 0.999
-    assert values[uids["none"]] is None
+    assert values[uids["none"]] is None and counts[uids["none"]] == 0
+    assert reasons[uids["none"]] == NO_FACE, "the scorer itself has looked"
     names = {uid: name for name, uid in uids.items()}
 
     def paired(out: str, *overrides: str) -> list[tuple[str, str]]:

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     import torch
     from insightface.app import FaceAnalysis
 
-VERSION = 1
+VERSION = 2
 """Raise it when a change of this file or of faces.py changes the values."""
 _PAGE = "https://github.com/deepinsight/insightface/releases"
 _LICENCE = "non-commercial research only"
 
 
 class ArcFace(FaceJudge):
-    """Cosine of ArcFace embeddings (`arcface`, -1 to 1) of the face in the image and those in its references."""
+    """Cosine of ArcFace embeddings (`arcface`, -1 to 1) of the face in the image and those in its references.
+
+    Known biases: it rewards copies of a reference, with its pose and expression, so bar them (docs/identity.md); it
+    falls for profiles, small and blurred faces, whoever they show; faces of groups that were rare in the training data
+    are told apart worse; age and style change it, and a painting of a person may score below a photograph of another.
+    """
 
     licence = f"insightface's models: {_LICENCE}; the code is MIT"
     source = "Deng et al. 2019, arXiv 1801.07698"

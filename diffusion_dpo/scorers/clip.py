@@ -7,16 +7,18 @@ The number is the raw cosine of two embeddings (Radford et al. 2021, arXiv 2103.
 import hashlib
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.clip_weights import (
+    HUB,
+    LOCAL,
     check_architecture,
     is_self_contained,
     locate,
-    open_clip_name,
     preprocessing,
 )
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings, embed_once
@@ -43,6 +45,8 @@ class ClipScorer(Scorer):
     or the name of an open_clip architecture together with `pretrained`."""
     pretrained: str | None = None
     """Weights for an architecture name: an open_clip tag such as laion2b_s34b_b79k, or a weights file."""
+    revision: str | None = None
+    """Branch, tag or commit of an hf-hub: model; null takes the newest and says which it is."""
     name: str = Field("", pattern=r"^[a-z0-9_]*$")
     """Ending of the metric's name, so that two CLIPs can stand side by side: `l14` gives clip_text_l14."""
 
@@ -57,6 +61,8 @@ class ClipScorer(Scorer):
                 f"model={self.model} is an architecture without weights: set pretrained to an open_clip tag or a "
                 "file, or model to pocket, local-dir:/path or hf-hub:org/name"
             )
+        if self.revision is not None and not self.model.startswith(HUB):
+            raise ValueError(f"revision pins what is on the hub, and model={self.model} is not hf-hub:org/name")
         return self
 
     @property
@@ -68,17 +74,23 @@ class ClipScorer(Scorer):
     def fingerprint(self) -> str:
         """Hash the version of the code, the architecture, its preprocessing and the bytes of its files."""
         decides = [str(VERSION), version("open_clip_torch"), self.compares]
-        decides += [content_hash(locate(self.model, self.pretrained))]
+        decides += [content_hash(self._files())]
         if self.pretrained is not None:
             decides += [self.model, preprocessing(self.model, self.pretrained)]
         return f"clip-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 
     def load(self, device: "torch.device") -> None:
         """Load model, preprocessing and tokenizer in float32; raises ConfigError rather than score without weights."""
-        locate(self.model, self.pretrained)
-        if not is_self_contained(self.model):
+        files = self._files()
+        if is_self_contained(self.model):
+            name = f"{LOCAL}{files[0].parent}"
+        else:
             check_architecture(self.model)
-        self._clip = load_open_clip(self.type, open_clip_name(self.model), self.pretrained, device)
+            name = self.model
+        self._clip = load_open_clip(self.type, name, self.pretrained, device)
+
+    def _files(self) -> list[Path]:
+        return locate(self.type, self.model, self.pretrained, self.revision)
 
 
 class Clip(ClipScorer):

@@ -4,13 +4,13 @@ import difflib
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import say
+from diffusion_dpo.scorers.weights import Weights, files_of, revision_of
 
 POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "clip"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 _CONFIG, _WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-_OLD_WEIGHTS = "open_clip_pytorch_model.bin"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")
-_MODEL_SUFFIXES = (*_WEIGHT_SUFFIXES, ".json", ".txt", ".model")
 
 
 def is_self_contained(model: str) -> bool:
@@ -18,70 +18,50 @@ def is_self_contained(model: str) -> bool:
     return model == "pocket" or model.startswith((LOCAL, HUB))
 
 
-def open_clip_name(model: str) -> str:
-    """Return `model` as open_clip knows it."""
-    return f"{LOCAL}{POCKET_DIR}" if model == "pocket" else model
-
-
-def locate(model: str, pretrained: str | None) -> list[Path]:
+def locate(scorer: str, model: str, pretrained: str | None, revision: str | None) -> list[Path]:
     """Return the files that hold the model, downloading those of a hub id or a tag if need be.
 
+    Those of what is self-contained, tokenizer and all, lie in one folder, which open_clip loads by its `local-dir:`.
     Raises ConfigError, saying which file is missing, where to get it and where to put it.
     """
     if model == "pocket":
         if not (POCKET_DIR / _WEIGHTS).is_file():
             raise ConfigError(
-                f"scorer clip: this installation lacks {POCKET_DIR / _WEIGHTS}; install the package again, or make "
-                "the file with scripts/train_pocket.py"
+                f"scorer {scorer}: this installation lacks {POCKET_DIR / _WEIGHTS}; install the package again, or "
+                "make the file with scripts/train_pocket.py"
             )
-        return _files_in(POCKET_DIR)
+        return files_of(POCKET_DIR)
     if model.startswith(LOCAL):
-        return _local_files(Path(model.removeprefix(LOCAL)))
+        return _local_files(scorer, Path(model.removeprefix(LOCAL)).expanduser())
     if model.startswith(HUB):
-        return _hub_files(model.removeprefix(HUB))
+        return _hub_files(scorer, model.removeprefix(HUB), revision)
     assert pretrained is not None, "an architecture name comes with pretrained"
-    return [_pretrained_file(model, pretrained)]
+    return [_pretrained_file(scorer, model, pretrained)]
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(
-        file for file in folder.iterdir() if file.suffix in _MODEL_SUFFIXES and not file.name.startswith(".")
-    )
-
-
-def _local_files(folder: Path) -> list[Path]:
+def _local_files(scorer: str, folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise ConfigError(f"scorer clip: there is no folder {folder}; model={LOCAL}... needs one with {_CONFIG}")
-    files = _files_in(folder)
+        raise ConfigError(f"scorer {scorer}: there is no folder {folder}; model={LOCAL}... needs one with {_CONFIG}")
+    files = files_of(folder)
     if not any(file.name == _CONFIG for file in files):
         raise ConfigError(
-            f"scorer clip: {folder} lacks {_CONFIG}; download it with the weights from a model page that lists the "
-            "library OpenCLIP on https://huggingface.co into that folder"
+            f"scorer {scorer}: {folder} lacks {_CONFIG}; download it with the weights from a model page that lists "
+            "the library OpenCLIP on https://huggingface.co into that folder"
         )
     if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
         raise ConfigError(
-            f"scorer clip: {folder} has {_CONFIG} but no weights; download {_WEIGHTS} from the same model page into "
-            "that folder"
+            f"scorer {scorer}: {folder} has {_CONFIG} but no weights; download {_WEIGHTS} from the same model page "
+            "into that folder"
         )
     return files
 
 
-def _hub_files(repository: str) -> list[Path]:
-    """Return config and weights, from the cache of the hub or from the hub."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    try:
-        config = Path(hub.hf_hub_download(repository, _CONFIG))
-        try:
-            return [config, Path(hub.hf_hub_download(repository, _WEIGHTS))]
-        except (errors.EntryNotFoundError, errors.LocalEntryNotFoundError):
-            return [config, Path(hub.hf_hub_download(repository, _OLD_WEIGHTS))]
-    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
-        raise ConfigError(
-            f"scorer clip: cannot download {HUB}{repository}; get {_CONFIG}, the tokenizer's files and {_WEIGHTS} "
-            f"from https://huggingface.co/{repository} into a folder and set model to {LOCAL}<that folder>"
-        ) from error
+def _hub_files(scorer: str, repository: str, revision: str | None) -> list[Path]:
+    weights = Weights(scorer, repository, revision, f"https://huggingface.co/{repository}", "see that page")
+    files = weights.snapshot("open_clip")
+    if not any(file.suffix in _WEIGHT_SUFFIXES for file in files):
+        raise weights.missing(f"{repository} has no {_WEIGHTS}", f"a folder, and set model to {LOCAL}<folder>")
+    return files
 
 
 def check_architecture(name: str) -> None:
@@ -106,7 +86,7 @@ def preprocessing(architecture: str, pretrained: str) -> str:
     return str(open_clip.get_pretrained_cfg(architecture, pretrained))
 
 
-def _pretrained_file(architecture: str, pretrained: str) -> Path:
+def _pretrained_file(scorer: str, architecture: str, pretrained: str) -> Path:
     """Return the weights of an architecture: the file that `pretrained` names, or its tag's."""
     if Path(pretrained).is_file():
         return Path(pretrained)
@@ -118,13 +98,18 @@ def _pretrained_file(architecture: str, pretrained: str) -> Path:
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise ConfigError(
-            f"scorer clip: pretrained={pretrained} is neither a file nor a tag of {architecture} (its tags: {tags})"
+            f"scorer {scorer}: pretrained={pretrained} is neither a file nor a tag of {architecture} "
+            f"(its tags: {tags})"
         )
     try:
-        return Path(download_pretrained(tag))
+        file = Path(download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
         page = f"https://huggingface.co/{tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url")
         raise ConfigError(
-            f"scorer clip: cannot download the weights {pretrained} of {architecture}; get them from {page} and set "
-            "pretrained to the file"
+            f"scorer {scorer}: cannot download the weights {pretrained} of {architecture}; get them from {page} and "
+            "set pretrained to the file"
         ) from error
+    if tag.get("hf_hub"):
+        repository = str(Path(tag["hf_hub"]).parent if Path(tag["hf_hub"]).suffix else tag["hf_hub"]).strip("/")
+        say(f"scorer {scorer}: the tag {pretrained} is not pinned; now {repository} at revision={revision_of(file)}")
+    return file

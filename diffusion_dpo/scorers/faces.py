@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ Policy = Literal["largest", "center", "best_match", "single_only"]
 Aggregate = Literal["mean", "max", "centroid"]
 NO_FACE = "no face in the image"
 NO_REFERENCE_FACE = "no face in the reference"
+NO_DIRECTION = "the embeddings of the faces are zero or cancel each other, so that there is no cosine"
 _MAX_CACHED_REFERENCES = 256
+_SHORTEST = 1e-6
+"""Below this length a vector has no direction: what is left is rounding."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Face:
     score: float
     """How sure the detector is, 0 to 1."""
     embedding: np.ndarray
-    """Shape (D,), float64, of length 1."""
+    """Shape (D,), float64, of length 1; zeros where the recogniser gave nothing that has a direction."""
 
     def area(self, size: tuple[int, int]) -> float:
         """Return its share of an image of (width, height), 0 to 1; what sticks out of the image does not count."""
@@ -42,16 +46,22 @@ class Face:
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
-    """Return the vector as float64 with length 1; zeros stay zeros."""
+    """Return the vector as float64 with length 1, or zeros if it has no direction."""
     flat = np.asarray(vector, np.float64).ravel()
-    return flat / max(float(np.linalg.norm(flat)), 1e-12)
+    length = float(np.linalg.norm(flat))
+    return flat / length if _SHORTEST < length < np.inf else np.zeros_like(flat)
 
 
 def similarity(face: Face, references: Sequence[Face], how: Aggregate) -> float:
-    """Return the cosine to the references: the mean or largest of them, or that to the centre of the references."""
+    """Return the cosine to the references: the mean or largest of them, or that to the centre of the references.
+
+    NaN where one of the vectors has no direction.
+    """
     embeddings = np.stack([reference.embedding for reference in references])
     if how == "centroid":
         embeddings = unit(embeddings.mean(0))[None]
+    if not face.embedding.any() or not embeddings.any(1).all():
+        return float("nan")
     cosines = embeddings @ face.embedding
     return float(np.clip(cosines.max() if how == "max" else cosines.mean(), -1, 1))
 
@@ -71,7 +81,7 @@ def choose(
     if policy == "center":
         return min(faces, key=lambda face: _off_center(face, size))
     if policy == "best_match" and references:
-        return max(faces, key=lambda face: similarity(face, references, how))
+        return max(faces, key=lambda face: np.nan_to_num(similarity(face, references, how), nan=-np.inf))
     return max(faces, key=lambda face: face.area(size))
 
 
@@ -80,12 +90,17 @@ def _off_center(face: Face, size: tuple[int, int]) -> float:
     return float(np.hypot((left + right - size[0]) / 2, (top + bottom - size[1]) / 2))
 
 
-def version_of(package: str, scorer: str) -> str:
-    """Return a package's version without importing it; raises ConfigError, saying how to install it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(f"scorer {scorer} needs {package}: pip install 'diffusion-dpo[face]'") from None
+def version_of(module: str, scorer: str) -> str:
+    """Return a module's version without importing it; raises ConfigError, saying how to install it.
+
+    It is that of whichever distribution brings the module: cv2 comes as opencv-python, as its headless one and so on.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(f"scorer {scorer} needs the module {module}: pip install 'diffusion-dpo[face]'")
+    found = importlib.metadata.packages_distributions().get(module)
+    if not found:  # built by hand, or a system's package, which leaves no metadata
+        return str(importlib.import_module(module).__version__)
+    return " ".join(sorted({importlib.metadata.version(name) for name in found}))
 
 
 class FaceJudge(Scorer):
@@ -127,7 +142,8 @@ class FaceJudge(Scorer):
     def score(self, batch: Sequence[ScoreRequest]) -> Scores:
         """Return the cosine, NaN with the reason without a face here or in any reference; n_faces is a number always.
 
-        References without a face are left out as long as another has one.
+        References without a face that can be compared are left out as long as another has one. Where no face counts
+        because there are too many (`faces: single_only`), certainty and area are those of the largest.
         """
         rows, reasons = zip(*(self._judge(request) for request in batch), strict=True)
         values = np.array(rows, np.float64)
@@ -136,17 +152,17 @@ class FaceJudge(Scorer):
     def _judge(self, request: ScoreRequest) -> tuple[tuple[float, float, float, float], str]:
         nan = float("nan")
         size = request.image.size
-        found = [self._reference(image) for image in request.references]
-        references = [face for face in found if face is not None]
+        found = [face for face in map(self._reference, request.references) if face is not None]
+        references = [face for face in found if face.embedding.any()]
         faces = self.find(_bgr(request.image))
         face = choose(faces, self.faces, size, references, self.references)
         if isinstance(face, str):
             largest = choose(faces, "largest", size)
-            area = 0.0 if isinstance(largest, str) else largest.area(size)
-            certainty = 0.0 if isinstance(largest, str) else largest.score
+            certainty, area = (nan, nan) if isinstance(largest, str) else (largest.score, largest.area(size))
             return (nan, len(faces), certainty, area), face
         cosine = similarity(face, references, self.references) if references else nan
-        return (cosine, len(faces), face.score, face.area(size)), "" if references else NO_REFERENCE_FACE
+        reason = NO_REFERENCE_FACE if not found else NO_DIRECTION if np.isnan(cosine) else ""
+        return (cosine, len(faces), face.score, face.area(size)), reason
 
     def _reference(self, image: "Image.Image") -> Face | None:
         pixels = _bgr(image)

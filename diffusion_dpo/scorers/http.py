@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffusion_dpo.config import Config, ConfigError
 from diffusion_dpo.scorers import Metric, Need, ScoreRequest, Scores
@@ -36,6 +36,14 @@ class Given(Config):
     auxiliary: bool = False
     """True for a number that informs and never labels pairs."""
 
+    @field_validator("range")
+    @classmethod
+    def _range_rises(cls, ends: tuple[float | None, float | None]) -> tuple[float | None, float | None]:
+        low, high = ends
+        if low is not None and high is not None and low >= high:
+            raise ValueError("must rise: [lowest, highest], null where there is no bound")
+        return ends
+
 
 class Http(RemoteScorer):
     """Whatever a server of yours says of the images: JSON over HTTP."""
@@ -48,7 +56,7 @@ class Http(RemoteScorer):
     """The metrics that the server gives; the first is the main one."""
     sends: list[Literal["prompt", "reference"]] = ["prompt"]
     """What the server gets beside the images, and every image must then have."""
-    version: str = Field(min_length=1)
+    version: str = Field(min_length=1, coerce_numbers_to_str=True)
     """What stands for the server's weights and code, which nobody here can see: change it whenever they change, and
     images are judged again."""
 

@@ -61,7 +61,8 @@ class LpipsScorer(Scorer):
         """Load trunk and heads; raises ConfigError where the trunk is missing or not the one that was named."""
         import lpips
 
-        trunk = load_tensors(self._checked_trunk()[0], self.type)
+        file, _ = self._checked_trunk()
+        trunk = load_tensors(file, self.type)
         with warnings.catch_warnings():  # lpips asks torchvision in its old words
             warnings.simplefilter("ignore")
             net = lpips.LPIPS(net=self.net, pnet_rand=True, verbose=False)
@@ -73,8 +74,7 @@ class LpipsScorer(Scorer):
             net.net.load_state_dict({name: trunk[there] for name, there in names.items()})
         except RuntimeError as error:
             raise ConfigError(
-                f"scorer {self.type}: {self.trunk_path} is no trunk for net={self.net}: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"scorer {self.type}: {file} is no trunk for net={self.net}: {' '.join(str(error).split())[:200]}"
             ) from error
         self._model = LpipsModel(net.to(device).eval().requires_grad_(False), self.resolution_px, device)
 
@@ -133,9 +133,7 @@ class LpipsModel:
         import torch
 
         small = image.convert("RGB").resize((self.resolution_px, self.resolution_px))  # bicubic, antialiased
-        pixels = torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1)
-        assert pixels.min() >= -1 and pixels.max() <= 1
-        return pixels
+        return torch.from_numpy(np.asarray(small, np.float32) / 127.5 - 1).permute(2, 0, 1)
 
 
 def _hub_folder() -> Path:

@@ -57,7 +57,7 @@ class PickScore(Scorer):
 
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, and the files of model and preprocessing."""
-        model, processor = self._weights().folder(), self._processor_weights().folder(has_weights=False)
+        model, processor = self._weights().folder(), self._processor_weights().folder("processor")
         small = [file for file in files_of(processor) if file.suffix in (".json", ".txt", ".model")]
         decides = f"{version('transformers')} {content_hash(files_of(model))} {content_hash(small)}"
         return f"pickscore-{VERSION}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}"
@@ -65,7 +65,7 @@ class PickScore(Scorer):
     def load(self, device: "torch.device") -> None:
         """Load model, preprocessing and tokenizer; raises ConfigError."""
         model = load_model(self.type, "CLIPModel", self._weights().folder(), device)
-        processor = self._processor_weights().folder(has_weights=False)
+        processor = self._processor_weights().folder("processor")
         self._vision = ClipVision(model, load_processor(self.type, processor))
         self._prompts = ClipText(model, load_tokenizer(self.type, processor)).prompts()
         self._scale = float(model.logit_scale.exp())

@@ -8,11 +8,13 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import Scorer
@@ -34,6 +36,9 @@ _ADVICE = {
 }
 
 
+T = TypeVar("T")
+
+
 class Refused(ConfigError):  # noqa: N818 - what the server did
     """The server refused a request (4xx); `answer` is what it said."""
 
@@ -45,6 +50,8 @@ class Refused(ConfigError):  # noqa: N818 - what the server did
 class RemoteScorer(Scorer):
     """A judge behind a URL: where it is, how long to wait, and which environment variable holds the key."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     url: str
     """Address of the server, http:// or https://."""
     api_key_env: str | None = None
@@ -55,21 +62,31 @@ class RemoteScorer(Scorer):
     """How often a request is sent again, ever later, when the server cannot be reached, is busy (429) or fails (5xx);
     what it refuses (4xx) is not sent again."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _url_holds_no_secret(cls, data: Any) -> Any:
+        """A check of the whole block, since the error of a field repeats its value."""
+        url = str(data.get("url")) if isinstance(data, dict) else ""
+        if any(mark in url for mark in "?#@"):
+            raise ValueError(
+                "url must hold no user, no password and nothing after ? or #, since it is stored and shown; put the "
+                "key into an environment variable and set api_key_env to its name"
+            )
+        return data
+
     @field_validator("url")
     @classmethod
     def _url_can_be_asked(cls, url: str) -> str:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or not url.isascii() or " " in url:
             raise ValueError("must be an http:// or https:// address")
-        if "@" in parts.netloc:
-            raise ValueError("must hold no user and no password, since it is stored; use api_key_env")
         return url
 
     def load(self, device: "torch.device") -> None:
         """See that the key is there; raises ConfigError."""
         read_api_key(self.api_key_env)
 
-    def post(self, url: str, body: Mapping[str, Any]) -> Any:
+    def post(self, url: str, body: Mapping[str, Any], stop: Event | None = None) -> Any:
         """Return the server's answer, as `post_json`, with the key and the patience of the settings."""
         return post_json(
             url,
@@ -77,6 +94,7 @@ class RemoteScorer(Scorer):
             api_key=read_api_key(self.api_key_env),
             timeout_seconds=self.timeout_seconds,
             max_retries=self.max_retries,
+            stop=stop or Event(),
         )
 
 
@@ -99,10 +117,50 @@ def as_png(image: "Image.Image") -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def in_parallel(work: Callable[[T, Event], None], items: list[T], num_threads: int) -> None:
+    """Do the work on each item, `num_threads` at a time; raises what the first one that failed raised.
+
+    `work` gets the event that asks it to stop: after a failure, what is in flight may end and nothing else begins.
+    Ctrl-C and a deadline wait for nothing: the threads are daemons, which hold up no exit, as a pool's would.
+    """
+    todo, stop = iter(items), Event()  # the next of a list's iterator is taken by one thread alone
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            for item in todo:
+                if stop.is_set():
+                    break
+                work(item, stop)
+        except BaseException as error:  # noqa: BLE001 - raised again below, in the thread that waits
+            stop.set()
+            ended.put(error)
+        else:
+            ended.put(None)
+
+    threads = [Thread(target=run, daemon=True) for _ in range(min(num_threads, len(items)))]
+    try:
+        for thread in threads:
+            thread.start()
+        failures = [error for error in (ended.get() for _ in threads) if error is not None]
+    finally:
+        stop.set()
+    if failures:
+        raise failures[0]
+
+
 def post_json(
-    url: str, body: Mapping[str, Any], *, api_key: str | None, timeout_seconds: float, max_retries: int
+    url: str,
+    body: Mapping[str, Any],
+    *,
+    api_key: str | None,
+    timeout_seconds: float,
+    max_retries: int,
+    stop: Event,
 ) -> Any:
     """Post JSON and return the JSON that comes back, all of its numbers as they are written.
+
+    Once `stop` is set it waits for no retry and sends none.
 
     Raises Refused on 4xx, and ConfigError when there is no answer after the retries, when it is larger than
     MAX_ANSWER_BYTES, or when it is not JSON (which knows no NaN and no Infinity).
@@ -124,9 +182,9 @@ def post_json(
             late = isinstance(reason, TimeoutError)
             trouble = f"no answer within timeout_seconds={timeout_seconds:g}" if late else _quoted(str(reason))
             trouble = trouble or type(reason).__name__
-        if tries <= max_retries:
-            wait = _FIRST_WAIT_SECONDS * 2 ** (tries - 1) if retry_after is None else retry_after
-            time.sleep(min(wait, _MAX_WAIT_SECONDS))
+        wait = _FIRST_WAIT_SECONDS * 2 ** (tries - 1) if retry_after is None else retry_after
+        if tries > max_retries or stop.wait(min(wait, _MAX_WAIT_SECONDS)):
+            break
     times = f"{tries} tries, the last of which ended with" if tries > 1 else "1 try:"
     raise ConfigError(
         f"{url} gave no answer after {times} {trouble.replace(api_key or chr(0), '[key]')}; see that the server runs "

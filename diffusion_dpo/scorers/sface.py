@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     import torch
     from cv2 import FaceDetectorYN, FaceRecognizerSF
 
-VERSION = 1
+VERSION = 2
 """Raise it when a change of this file or of faces.py changes the values."""
 _PAGE = "https://github.com/opencv/opencv_zoo"
 
 
 class SFace(FaceJudge):
-    """Cosine of SFace embeddings (`sface`, -1 to 1) of the faces in the image and in its references; on the CPU."""
+    """Cosine of SFace embeddings (`sface`, -1 to 1) of the faces in the image and in its references; on the CPU.
+
+    Known biases: those of `arcface`; the model is smaller and tells people apart worse, and its cosines are on another
+    scale, so that thresholds of one do not hold for the other.
+    """
 
     licence = "YuNet: MIT; SFace: Apache-2.0"
     source = "Zhong et al. 2021, arXiv 2205.12010; YuNet: Wu et al. 2023, doi 10.1007/s11633-023-1423-y"
@@ -37,7 +41,7 @@ class SFace(FaceJudge):
 
     def fingerprint(self) -> str:
         """Hash the settings, OpenCV's version and the bytes of both files, without importing OpenCV."""
-        decides = [self.faces, self.references, str(self.det_thresh), version_of("opencv-python", "sface")]
+        decides = [self.faces, self.references, str(self.det_thresh), version_of("cv2", "sface")]
         decides.append(content_hash(self._files()))
         return f"sface-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -21,7 +20,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.scorers import Metric, Need, ScoreRequest, Scores
 from diffusion_dpo.scorers.answer_log import AnswerLog
-from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png
+from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png, in_parallel
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,12 @@ Outcome = Literal["won", "lost", "tie", "inconsistent", "unparseable"]
 
 
 class VlmJudge(RemoteScorer):
-    """A vision-language model that compares the images of a prompt (or, `mode: pointwise`, gives points to each)."""
+    """A vision-language model that compares the images of a prompt (or, `mode: pointwise`, gives points to each).
+
+    Known biases: it prefers a place, which is why both orders are asked, and that costs it verdicts on images that are
+    much alike; counts, hands and small text escape it; images made by a model of its own kind and glossy ones please
+    it more than they please people; points crowd at a few values; text in an image can tell it what to answer.
+    """
 
     licence = "that of the model behind the endpoint"
     source = "Zheng et al. 2023, arXiv 2306.05685"
@@ -165,26 +169,10 @@ class VlmJudge(RemoteScorer):
         """Return the raw answers by key, after asking for those that the log lacks, each once."""
         assert self._log is not None, "load() comes before score()"
         new = {ask.key: ask for ask in asks if ask.key not in self._log}
-        stop = Event()
-
-        def work(ask: _Ask) -> None:
-            if stop.is_set():
-                return
-            try:
-                self._ask(ask, pngs)
-            except ConfigError:
-                stop.set()
-                raise
-
-        pool = ThreadPoolExecutor(self.num_parallel)
-        try:
-            list(pool.map(work, new.values()))  # raises what the first that failed raised
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+        in_parallel(lambda ask, stop: self._ask(ask, pngs, stop), list(new.values()), self.num_parallel)
         return {ask.key: self._log[ask.key] for ask in asks}
 
-    def _ask(self, ask: "_Ask", pngs: "_Pngs") -> None:
+    def _ask(self, ask: "_Ask", pngs: "_Pngs", stop: Event) -> None:
         assert self._log is not None
         wording = PAIRWISE if self.mode == "pairwise" else POINTWISE
         text = wording.format(prompt=json.dumps(ask.prompt, ensure_ascii=False), question=self.question)
@@ -197,7 +185,7 @@ class VlmJudge(RemoteScorer):
         body = {"model": self.model, "temperature": 0, "max_tokens": _MAX_TOKENS, "messages": messages}
         url = f"{self.url.rstrip('/')}/chat/completions"
         try:
-            raw = _content(url, self.post(url, body))
+            raw = _content(url, self.post(url, body, stop))
         except Refused as error:
             if not any(code in error.answer for code in _FILTERED):
                 raise

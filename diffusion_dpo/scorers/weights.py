@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
@@ -13,8 +13,19 @@ from diffusion_dpo.console import say
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SMALL_FILES, _SAFE = ("*.json", "*.txt", "*.model"), "*.safetensors"
-
+_SMALL_FILES = ("*.json", "*.txt", "*.model")
+Kind = Literal["model", "processor", "open_clip"]
+"""A model of transformers, its preprocessor or tokenizer alone, or a model of open_clip."""
+_MARKERS: dict[Kind, str] = {
+    "model": "config.json",
+    "processor": "preprocessor_config.json",
+    "open_clip": "open_clip_config.json",
+}
+_WEIGHTS: dict[Kind, tuple[str, str]] = {
+    "model": ("*.safetensors", "pytorch_model*.bin"),
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
+}
+"""The weights on the hub, and the pickle that stands in where there are no safetensors."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,23 +53,31 @@ class Weights:
             return local / name
         return self._download(name)
 
-    def folder(self, *, has_weights: bool = True) -> Path:
-        """Return the local folder of a model of transformers, downloading it if need be; raises ConfigError.
-
-        With `has_weights=False` it is that of a preprocessor or a tokenizer alone.
-        """
+    def folder(self, kind: Kind = "model") -> Path:
+        """Return the local folder of a model, downloading it if need be; raises ConfigError."""
         local = Path(self.pretrained)
         if local.is_file():
             raise ConfigError(f"scorer {self.scorer}: {local} is a file; give the folder that holds it")
-        marker = "config.json" if has_weights else "preprocessor_config.json"
+        marker = _MARKERS[kind]
         if not local.is_dir():
-            local = self._download(marker).parent
-            self._download_folder(has_weights=has_weights)
+            local = self.snapshot(kind)[0].parent
         if not (local / marker).is_file():
             raise self.missing(f"{local} lacks {marker}", local)
-        if has_weights and not any([*local.glob("*.safetensors"), *local.glob("*.bin")]):
+        if kind in _WEIGHTS and not any([*local.glob("*.safetensors"), *local.glob("*.bin")]):
             raise self.missing(f"{local} has {marker} but no model.safetensors", local)
         return local
+
+    def snapshot(self, kind: Kind) -> list[Path]:
+        """Return the files of a model on the hub: configuration, vocabulary, weights (pickles only if need be).
+
+        What else lies in the cache is not among them. Raises ConfigError when they cannot be had.
+        """
+        marker = self._download(_MARKERS[kind])
+        safe, pickled = _WEIGHTS.get(kind, ("", ""))
+        files = self._download_matching((*_SMALL_FILES, safe) if safe else _SMALL_FILES)
+        if safe and not any(file.match(safe) for file in files):
+            files = [*files, *self._download_matching((pickled,))]
+        return files if marker in files else [marker, *files]
 
     def missing(self, what: str, folder: Path | str) -> ConfigError:
         """Return the error that says what is missing, where it is, where it goes, and under which licence."""
@@ -75,15 +94,8 @@ class Weights:
         except (OSError, errors.HTTPError, errors.HFValidationError) as error:
             raise self._unreachable(name, error) from error
         if self.revision is None:
-            say(f"scorer {self.scorer}: {self.pretrained} is not pinned; now at revision={_revision_of(path)}")
+            say(f"scorer {self.scorer}: {self.pretrained} is not pinned; now at revision={revision_of(path)}")
         return path
-
-    def _download_folder(self, *, has_weights: bool) -> None:
-        """Bring all files of a model; pickles only where there are no safetensors."""
-        if not has_weights:
-            self._download_matching(_SMALL_FILES)
-        elif not any(path.suffix == ".safetensors" for path in self._download_matching((*_SMALL_FILES, _SAFE))):
-            self._download_matching(("pytorch_model*.bin",))
 
     def _download_matching(self, patterns: Sequence[str]) -> list[Path]:
         import huggingface_hub as hub
@@ -93,13 +105,13 @@ class Weights:
             folder = hub.snapshot_download(self.pretrained, revision=self.revision, allow_patterns=list(patterns))
         except (OSError, errors.HTTPError, errors.HFValidationError) as error:
             raise self._unreachable("its files", error) from error
-        return list(Path(folder).iterdir())
+        return sorted(file for pattern in patterns for file in Path(folder).glob(pattern))
 
     def _unreachable(self, name: str, error: Exception) -> ConfigError:
         return self.missing(
             f"there is no file or folder {self.pretrained}, and {name} of that name cannot be had from the hub "
             f"({type(error).__name__})",
-            "a folder, and set pretrained to it",
+            "a folder, and name that folder instead",
         )
 
 
@@ -148,7 +160,7 @@ def load_tensors(file: Path, scorer: str) -> "dict[str, Tensor]":
     return state
 
 
-def _revision_of(path: Path) -> str:
+def revision_of(path: Path) -> str:
     """The commit that a file of the hub's cache belongs to: the folder below `snapshots`."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"

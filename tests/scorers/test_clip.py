@@ -12,9 +12,11 @@ from PIL import Image
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import ScoreRequest
-from diffusion_dpo.scorers.clip import Clip
+from diffusion_dpo.scorers.clip import Clip, ClipScorer
 from diffusion_dpo.scorers.clip_image import ClipImage
 from diffusion_dpo.scorers.judge import judge
+from diffusion_dpo.scorers.weights import files_of
+from tests.scorers.tiny_hub import COMMIT, put_on_hub
 
 CPU = torch.device("cpu")
 
@@ -142,6 +144,52 @@ def test_the_fingerprint_is_that_of_the_content(clip_dir: Path, tmp_path: Path) 
     assert _clip(copy).fingerprint() != before
 
 
+def test_the_fingerprint_of_weights_by_their_path_has_the_architecture(clip_dir: Path) -> None:
+    file = str(clip_dir / "open_clip_model.safetensors")
+    names = ("ViT-B-32", "ViT-B-32-quickgelu")
+    assert len({Clip(type="clip", model=name, pretrained=file).fingerprint() for name in names}) == 2
+
+
+def _on_hub(clip_dir: Path, cache: Path) -> Path:
+    return put_on_hub(cache, {file.name: file.read_bytes() for file in files_of(clip_dir)})
+
+
+@pytest.mark.parametrize("kind", [Clip, ClipImage])
+def test_a_model_of_the_hub_judges_as_its_folder_does(
+    kind: type[ClipScorer], clip_dir: Path, cache: Path, images: list[Image.Image], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _on_hub(clip_dir, cache)
+    local = kind(type="clip", model=f"local-dir:{clip_dir}")
+    hub = kind(type="clip", model="hf-hub:org/name", revision=COMMIT)
+    assert hub.fingerprint() == local.fingerprint()
+    requests = [ScoreRequest(image, "red", (images[0],)) for image in images]
+    for scorer in (hub, local):
+        scorer.load(CPU)
+    ours, theirs = (judge(scorer, requests, batch_size=4).values for scorer in (hub, local))
+    np.testing.assert_array_equal(ours[hub.metrics[0].name], theirs[local.metrics[0].name])
+    assert "pinned" not in capsys.readouterr().out
+    kind(type="clip", model="hf-hub:org/name").load(CPU)
+    assert f"org/name is not pinned; now at revision={COMMIT}" in capsys.readouterr().out
+
+
+def test_another_revision_or_tokenizer_is_another_model(clip_dir: Path, cache: Path) -> None:
+    snapshot = _on_hub(clip_dir, cache)
+    hub = Clip(type="clip", model="hf-hub:org/name", revision=COMMIT)
+    before = hub.fingerprint()
+    (snapshot / "model.safetensors").write_bytes(b"of transformers, brought by somebody else")
+    assert hub.fingerprint() == before, "open_clip does not read it"
+    with pytest.raises(ConfigError, match=r"cannot be had from the hub.*https://huggingface\.co/org/name"):
+        Clip(type="clip", model="hf-hub:org/name", revision="v2").fingerprint()
+    tokenizer = snapshot / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    tokenizer.write_bytes(content + b" ")
+    assert hub.fingerprint() != before
+    (snapshot / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"org/name has no open_clip_model\.safetensors; download it from"):
+        hub.load(CPU)
+
+
 @pytest.mark.parametrize(
     "settings, complaint",
     [
@@ -149,6 +197,8 @@ def test_the_fingerprint_is_that_of_the_content(clip_dir: Path, tmp_path: Path) 
         ({"model": "pocket", "pretrained": "openai"}, "brings its own weights"),
         ({"model": "hf-hub:org/name", "pretrained": "openai"}, "brings its own weights"),
         ({"name": "L/14"}, "name"),
+        ({"revision": "main"}, "revision pins what is on the hub, and model=pocket"),
+        ({"model": "ViT-B-32", "pretrained": "openai", "revision": "main"}, "revision pins"),
     ],
 )
 def test_settings_that_contradict_each_other(settings: dict[str, str], complaint: str) -> None:

@@ -135,6 +135,7 @@ def test_hps_says_what_is_missing_or_wrong(hps_folder: Path, tmp_path: Path) -> 
         Hps(type="hps", pretrained=str(hps_folder), architecture="ViT-H14").load(CPU)
     with pytest.raises(ConfigError, match="hps cannot load"):
         Hps(type="hps", pretrained=str(hps_folder), architecture="ViT-S-32").load(CPU)
+    assert _hps(hps_folder).fingerprint() != Hps(type="hps", pretrained=str(hps_folder)).fingerprint(), "architecture"
     other = tmp_path / "HPS_v2.1_compressed.pt"
     other.write_bytes((hps_folder / other.name).read_bytes() + b" ")
     assert _hps(tmp_path).fingerprint() != _hps(hps_folder).fingerprint()

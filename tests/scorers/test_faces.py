@@ -1,5 +1,7 @@
 """The judges of identity: real insightface and OpenCV over small ONNX files that find red squares."""
 
+import importlib.metadata
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.registry import resolve
 from diffusion_dpo.scorers import Scorer, ScoreRequest
+from diffusion_dpo.scorers.faces import NO_DIRECTION, Face, choose, similarity, unit, version_of
 from tests.scorers.tiny_faces import make_detector, make_pack, make_recogniser, make_yunet
 
 
@@ -64,10 +67,38 @@ def test_no_face_is_nan_with_a_reason_and_counted(kind: tuple[str, dict[str, obj
     swapped = Image.fromarray(np.asarray(ONE)[:, :, ::-1])
     for image in (BLACK, draw(), swapped):
         values, reason = ask(scorer, image, ONE)
-        assert np.isnan(values[0]) and values[1:] == [0, 0, 0] and reason == "no face in the image"
+        np.testing.assert_array_equal(values, [np.nan, 0, np.nan, np.nan])
+        assert reason == "no face in the image"
     values, reason = ask(scorer, ONE, BLACK)
     assert np.isnan(values[0]) and values[1] == 1 and reason == "no face in the reference"
     assert ask(scorer, ONE, BLACK, ONE)[0][0] == pytest.approx(1)
+
+
+def _face(*embedding: float) -> Face:
+    return Face((0.0, 0.0, 8.0, 8.0), 0.9, unit(np.array(embedding)))
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "centroid"])
+def test_an_embedding_without_direction_is_nan_with_a_reason(
+    how: str, kind: tuple[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recogniser that gives zeros, or nonsense, for one face does not make it half alike."""
+    scorer = make(kind, references=how)
+    red, zeros, nonsense = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "blue")
+    faces = {(0, 0, 255): _face(3, 4), (0, 0, 0): _face(0, 1e-9), (255, 0, 0): _face(np.nan, 1)}
+    monkeypatch.setattr(type(scorer), "find", lambda self, bgr: [faces[tuple(bgr[0, 0])]])
+    for image, reference in ((zeros, red), (red, zeros), (zeros, zeros), (nonsense, red), (red, nonsense)):
+        values, reason = ask(scorer, image, reference)
+        assert np.isnan(values[0]) and values[1] == 1 and reason == NO_DIRECTION
+    assert ask(scorer, red, zeros, red)[0][0] == pytest.approx(1), "as a reference without a face"
+
+
+def test_references_that_cancel_have_no_centroid() -> None:
+    there, back = _face(1, 2, 3), _face(-1, -2, -3)
+    assert np.isnan(similarity(there, [there, back], "centroid"))
+    assert similarity(there, [there, back], "mean") == pytest.approx(0, abs=1e-12)
+    nothing = _face(0, 0, 0)
+    assert choose([nothing, there], "best_match", (8, 8), [back]) is there, "a cosine of -1 is more than none"
 
 
 def test_of_three_faces_the_policy_takes_one(kind: tuple[str, dict[str, object]]) -> None:
@@ -93,6 +124,22 @@ def test_a_reference_is_looked_at_once(kind: tuple[str, dict[str, object]], monk
 def test_settings_change_the_fingerprint(kind: tuple[str, dict[str, object]]) -> None:
     settings = [{}, {"faces": "center"}, {"references": "max"}, {"det_thresh": 0.6}]
     assert len({make(kind, **each).fingerprint() for each in settings}) == len(settings)
+
+
+def test_opencv_counts_whatever_distribution_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    official = version_of("cv2", "sface")
+    assert official.startswith(cv2.__version__)
+    there = {"cv2": ["opencv-python-headless"]}
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: there)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"7 of {name}")
+    assert version_of("cv2", "sface") == "7 of opencv-python-headless"
+    there.clear()
+    assert version_of("cv2", "sface") == cv2.__version__
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"sface needs the module cv2: pip install 'diffusion-dpo\[face\]'"):
+        version_of("cv2", "sface")
 
 
 def test_folders_that_insightface_would_stumble_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from diffusion_dpo.cli import main
-from diffusion_dpo.config import ConfigError
+from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.shards import read_rows
+from diffusion_dpo.registry import resolve
 from diffusion_dpo.scorers import ScoreRequest, Scores, remote
 from diffusion_dpo.scorers.http import NO_VALUE, Http
 from diffusion_dpo.scorers.judge import judge
+from diffusion_dpo.settings import ScoreConfig
 from tests.scorers.servers import Reply, Served, score_light, serve
 
 ROOT = Path(__file__).parents[2]
@@ -105,13 +109,31 @@ def test_a_server_that_fails_for_a_while_is_asked_again(status: int) -> None:
     assert len(served.asked) == 3
 
 
-def test_retry_after_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
+def _post(url: str, stop: threading.Event) -> Any:
+    body = {"images": []}
+    return remote.post_json(url, body, api_key=None, timeout_seconds=5, max_retries=3, stop=stop)
+
+
+def test_retry_after_is_obeyed() -> None:
+    class Hurried(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return False
+
+    waits: list[float | None] = []
     replies = [Reply(b"", 503), Reply(b"", 429, {"Retry-After": "7"}), Reply(b"", 429, {"Retry-After": "9999999"})]
     served = serve(lambda body: replies.pop() if replies else score_light(body))
-    _scores(served, max_retries=3)
+    _post(served.url, Hurried())
     assert waits == [60, 7, 0.04]
+
+
+def test_a_retry_is_not_waited_for_once_somebody_asked_to_stop() -> None:
+    stop = threading.Event()
+    served = serve(lambda body: stop.set() or Reply(b"", 503, {"Retry-After": "30"}))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="503"):
+        _post(served.url, stop)
+    assert time.monotonic() - began < 5 and len(served.asked) == 1
 
 
 def test_a_server_that_only_fails_is_given_up() -> None:
@@ -207,12 +229,14 @@ def test_a_key_that_is_none(monkeypatch: pytest.MonkeyPatch, value: str | None, 
     [
         ({"url": "file:///etc/passwd"}, "http"),
         ({"url": "ftp://host/x"}, "http"),
-        ({"url": "http://me:secret@host"}, "no user and no password"),
         ({"url": "localhost:8000"}, "http"),
         ({"gives": []}, "at least 1"),
         ({"gives": [{"name": "a"}, {"name": "a"}]}, "twice"),
         ({"gives": [{"name": "a", "auxiliary": True}]}, "main metric"),
         ({"version": ""}, "at least 1"),
+        ({"version": None}, "string"),
+        ({"gives": [{"name": "a", "range": [1, 0]}]}, "must rise: "),
+        ({"gives": [{"name": "a", "range": [1, 1]}]}, "must rise: "),
     ],
 )
 def test_settings_that_cannot_be_meant(settings: dict[str, Any], says: str) -> None:
@@ -220,10 +244,25 @@ def test_settings_that_cannot_be_meant(settings: dict[str, Any], says: str) -> N
         _scorer(**{"url": "http://localhost", **settings})
 
 
+@pytest.mark.parametrize(
+    "kind", [{"type": "http", "version": 1, "gives": [{"name": "a"}]}, {"type": "judge", "model": "m"}]
+)
+@pytest.mark.parametrize(
+    "url", ["http://host/?key=SECRET", "https://host#SECRET", "http://me:SECRET@host", "SECRET@h"]
+)
+def test_a_url_with_a_key_is_refused_and_not_repeated(kind: dict[str, Any], url: str) -> None:
+    with pytest.raises(ConfigError, match=r"url must hold no user, .* set api_key_env to its name") as caught:
+        load(ScoreConfig, None, ["path=x", f"scorers={json.dumps([{**kind, 'url': url}])}"])
+    with pytest.raises(ValidationError) as bare:
+        resolve("scorers", kind["type"])(**kind, url=url)
+    assert "SECRET" not in f"{caught.value} {bare.value}" and str(caught.value).count("\n") == 1
+
+
 def test_the_version_is_the_fingerprint_and_the_address_is_not() -> None:
     first = _scorer("http://a").fingerprint()
     assert first == _scorer("http://b", timeout_seconds=1).fingerprint()
     assert first != _scorer("http://a", version="2").fingerprint()
+    assert first == _scorer("http://a", version=1).fingerprint(), "YAML reads it as a number"
     assert first != _scorer("http://a", sends=[]).fingerprint()
 
 
@@ -240,11 +279,11 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def reference_server() -> Iterator[str]:
-    """The settings that scripts/score_server.py prints for brightness."""
-    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), "brightness", "--port", "0"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+@contextmanager
+def _reference_server(scorer: str, *more: Path) -> Iterator[str]:
+    """The settings that scripts/score_server.py prints for a scorer."""
+    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), scorer, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *more)))}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as server:
@@ -253,6 +292,53 @@ def reference_server() -> Iterator[str]:
             yield server.stdout.readline().strip()
         finally:
             server.kill()
+
+
+@pytest.fixture
+def reference_server() -> Iterator[str]:
+    with _reference_server("brightness") as settings:
+        yield settings
+
+
+MOODY = """
+from diffusion_dpo.scorers import Scores
+from diffusion_dpo.scorers.brightness import Brightness
+
+
+class Moody(Brightness):
+    def score(self, batch):
+        reds = [request.image.getpixel((0, 0))[0] for request in batch]
+        if 120 in reds:
+            raise KeyError("no such face")
+        if 130 in reds:
+            return Scores({})
+        return super().score(batch)
+"""
+
+
+def test_what_the_reference_server_stumbles_over_is_missing(images: Path, tmp_path: Path) -> None:
+    """One image in three, on which the scorer raises: null with the reason, and the connection holds."""
+    (tmp_path / "moody_judge.py").write_text(MOODY)
+    with _reference_server("{type: 'moody_judge:Moody'}", tmp_path) as settings:
+        assert main(["score", f"path={images}", "device=cpu", "max_broken_share=1", settings]) == 0
+        rows = list(read_rows(images, pattern="scores-brightness-*.parquet"))
+        assert sorted(row["value"] is None for row in rows) == [False, False, True]
+        (reason,) = {row["reason"] for row in rows if row["value"] is None}
+        assert "KeyError" in reason and "no such face" in reason
+        url = json.loads(settings.removeprefix("scorers="))[0]["url"]
+        scorer = _scorer(url, gives=[{"name": "brightness"}], max_retries=0)
+        with pytest.raises(ConfigError, match=r"500 .*ScorerContractError.*returned \[\]"):
+            scorer.post(url, {"images": [remote.as_png(Image.new("RGB", (32, 32), (130, 0, 0)))]})
+
+
+@pytest.mark.parametrize(
+    "scorer, says", [("diversity", "diversity compares .* cannot be served"), ("none", "unknown")]
+)
+def test_what_the_reference_server_cannot_serve_is_one_sentence(scorer: str, says: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "score_server.py"), scorer, "--port", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert run.returncode == 2 and re.search(says, run.stderr)
+    assert not run.stdout and "Traceback" not in run.stderr
 
 
 def _values(folder: Path, metric: str) -> list[float]:

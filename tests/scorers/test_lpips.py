@@ -138,12 +138,20 @@ def test_torchvision_asks_for_the_same_files() -> None:
     assert [url.rpartition("/")[2] for url in urls] == list(_TRUNKS.values())
 
 
-def test_another_file_in_the_place_of_the_trunk_is_refused(trunk: dict[str, Any], tmp_path: Path) -> None:
+def test_another_file_in_the_place_of_the_trunk_is_refused(
+    trunk: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     official = {**trunk, "trunk_sha256": None}
     with pytest.raises(ConfigError, match=r"squeezenet1_1-b8a52dc0\.pth begins with b8a52dc0; download it again"):
         Lpips(type="lpips", **official).load(CPU)
-    with pytest.raises(ConfigError, match=r"is no trunk for net=alex: it lacks features\.10"):
+    with pytest.raises(ConfigError, match=r"trunk\.pth is no trunk for net=alex: it lacks features\.10"):
         Lpips(type="lpips", **{**trunk, "net": "alex"}).load(CPU)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    shutil.copy(trunk["trunk_path"], folder / _TRUNKS["alex"])
+    with pytest.raises(ConfigError, match=rf"{folder / _TRUNKS['alex']} is no trunk"):
+        Lpips(type="lpips", **{**trunk, "net": "alex", "trunk_path": None}).load(CPU)
 
 
 def _diversity(trunk: dict[str, Any]) -> Diversity:

@@ -1,8 +1,10 @@
 """What every registered scorer promises, whatever it measures."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from diffusion_dpo.pocket.world import distinct_scenes, render
 from diffusion_dpo.registry import TABLES, resolve
 from diffusion_dpo.scorers import Scorer, ScoreRequest
 from diffusion_dpo.scorers.judge import Judge, check_metrics, judge
+from tests.scorers.servers import Reply, chat, decode, light, lighter, serve
 from tests.scorers.tiny import NUM_VARIANTS, TINY, Settings
 
 
@@ -131,9 +134,66 @@ def test_nothing_is_more_like_a_reference_than_itself(scorer: Scorer, requests: 
     if "reference" in scorer.needs:
         against = [replace(request, references=(requests[0].image,)) for request in requests]
         metric = scorer.metrics[0]
-        values = judge(scorer, against, batch_size=8).values[metric.name] * (1 if metric.higher_is_better else -1)
-        assert values[0] >= np.nanmax(values) - 1e-6
-        assert values[0] > np.nanmin(values)
+        values = judge(scorer, against, batch_size=8).values[metric.name]
+        best = metric.range[1] if metric.higher_is_better else metric.range[0]
+        if np.isfinite(best):  # 1 for a cosine, 0 for a distance
+            assert values[0] == pytest.approx(best, abs=1e-5)
+        oriented = values * (1 if metric.higher_is_better else -1)
+        assert oriented[0] >= np.nanmax(oriented) - 1e-6
+        assert oriented[0] > np.nanmin(oriented) + 1e-3
+
+
+_DARK = Image.new("RGB", (64, 64), (6, 6, 6))
+UNSCORABLE: dict[str, Callable[[ScoreRequest], ScoreRequest]] = {
+    "arcface": lambda request: replace(request, image=_DARK),
+    "clip-pocket": lambda request: replace(request, prompt="a cat"),
+    "diversity": lambda request: replace(request, rivals=()),
+    "http": lambda request: replace(request, image=_DARK),
+    "judge": lambda request: replace(request, image=_DARK),
+    "pocket_scene": lambda request: replace(request, prompt="a cat"),
+    "sface": lambda request: replace(request, image=_DARK),
+}
+"""What each scorer cannot score; those that score whatever there is are in `SCORES_ANYTHING`."""
+SCORES_ANYTHING = {
+    *("aesthetic", "brightness", "clip", "clip_image", "colorfulness", "dino", "hps", "lpips", "pickscore"),
+    *("saturation", "sharpness"),
+}
+
+
+def _silent_on_the_dark(folder: Path) -> dict[str, list[Settings]]:
+    """Servers that give no value for an image without light."""
+
+    def say(images: Sequence[Image.Image]) -> str:
+        return "I would rather not." if min(map(light, images)) < 0.1 else lighter(images)
+
+    def answer(body: Any) -> Reply:
+        found = [light(decode(text)) for text in body["images"]]
+        return Reply({"metrics": {"remote_light": [None if one < 0.1 else one for one in found]}})
+
+    common = {"url": chat(say).url, "model": "light"}
+    return {
+        "http": [{"url": serve(answer).url, "version": "1", "gives": [{"name": "remote_light"}]}],
+        "judge": [
+            {**common, "log_path": folder / "pairs.jsonl"},
+            {**common, "log_path": folder / "points.jsonl", "mode": "pointwise"},
+        ],
+        "clip-pocket": [{}],
+    }
+
+
+@pytest.mark.parametrize("case", UNSCORABLE)
+def test_what_cannot_be_scored_is_nan_with_a_reason(case: str, requests: list[ScoreRequest], tmp_path: Path) -> None:
+    name = case.removesuffix("-pocket")
+    for settings in _silent_on_the_dark(tmp_path).get(case) or TINY[name](tmp_path):
+        scorer = resolve("scorers", name)(type=name, **settings)
+        scorer.load(torch.device("cpu"))
+        scores = judge(scorer, [UNSCORABLE[case](requests[0]), requests[2]], batch_size=2)
+        assert np.isnan(scores.values[scorer.metrics[0].name]).tolist() == [True, False]
+        assert scores.reasons[0] and not scores.reasons[1]
+
+
+def test_every_scorer_is_asked_for_what_it_cannot_score_or_scores_anything() -> None:
+    assert {case.removesuffix("-pocket") for case in UNSCORABLE} | SCORES_ANYTHING == TABLES["scorers"].keys()
 
 
 def test_equal_requests_tie_exactly(scorer: Scorer, requests: list[ScoreRequest]) -> None:

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,8 +22,8 @@ from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
 from diffusion_dpo.scorers import ScoreRequest, Scores, remote
-from diffusion_dpo.scorers.judge import judge
-from diffusion_dpo.scorers.vlm_judge import VlmJudge, choose_rivals, parse_points, parse_verdict
+from diffusion_dpo.scorers.judge import Judge, judge
+from diffusion_dpo.scorers.vlm_judge import VlmJudge
 from tests.scorers.servers import Reply, Served, chat, decode, light, serve
 
 ROOT = Path(__file__).parents[2]
@@ -92,69 +94,6 @@ def test_ties_are_half_and_only_consistent_ones(tmp_path: Path) -> None:
     assert _scores(dark, tmp_path / "dark").values["judge_win_rate"].tolist() == [1 / 8, 1 / 8, 0.5, 0.75, 1]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "Image A is better.",
-        "A",
-        '"A"',
-        "The verdict is: A",
-        '{"verdict": "C"}',
-        '{"verdict": "A or B"}',
-        '{"verdict": null}',
-        '{"verdict": ["A"]}',
-        '{"verdict": 1}',
-        '{"winner": "A"}',
-        '{"verdict": "A"} no, {"verdict": "B"}',
-        '{"verdict": "A"',
-        '{"answer": {"verdict": "A"}}',
-        "I'm sorry, I can't compare these images. A verdict cannot be given.",
-        "{" * 5000,
-        '{"a":' * 5000,
-        '{"verdict": "A"}' + " " * 30_000,
-    ],
-)
-def test_what_is_no_verdict(text: str) -> None:
-    assert parse_verdict(text) is None
-
-
-@pytest.mark.parametrize("verdict", ["A", "B", "tie"])
-@pytest.mark.parametrize(
-    "frame",
-    [
-        "%s",
-        "```json\n%s\n```",
-        "Image A or B? {Well}. %s",
-        "%s\nI say B, and A.",
-        'not {"a": 1} but %s',
-        "<think>%s</think>%s",
-    ],
-)
-def test_a_verdict_in_a_frame(verdict: str, frame: str) -> None:
-    text = json.dumps({"reason": 'A {"verdict": "B"} in a text', "verdict": verdict}, indent=1)
-    assert parse_verdict(frame.replace("%s", text)) == verdict
-
-
-@pytest.mark.parametrize(
-    "text, points",
-    [
-        ('{"points": 7}', 7),
-        ('```\n{"points": 10}\n```', 10),
-        ('{"points": 7.5}', None),
-        ('{"points": 0}', None),
-        ('{"points": 11}', None),
-        ('{"points": "7"}', None),
-        ('{"points": true}', None),
-        ('{"points": 1} {"points": 2}', None),
-        ("7", None),
-        ("7/10", None),
-    ],
-)
-def test_points(text: str, points: int | None) -> None:
-    assert parse_points(text) == points
-
-
 def test_prose_garbage_and_refusals_are_missing(tmp_path: Path) -> None:
     for i, text in enumerate(("Image A is better", "", "I cannot help with that")):
         scores = _scores(chat(lambda images, text=text: text), tmp_path / str(i))
@@ -205,18 +144,6 @@ def test_the_only_image_and_its_copy_have_no_rival(tmp_path: Path) -> None:
     assert set(scores.reasons) == {"its prompt has no other image"}
 
 
-@pytest.mark.parametrize("limit", [None, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize("size", range(1, 10))
-def test_whom_i_am_compared_with_is_compared_with_me(size: int, limit: int | None) -> None:
-    ring = [str(i) for i in range(size)]
-    chosen = {one: choose_rivals(one, ring[:i] + ring[i + 1 :], limit) for i, one in enumerate(ring)}
-    wanted = min(size - 1, limit or size)
-    for one, others in chosen.items():
-        assert one not in others and len(set(others)) == len(others)
-        assert len(others) == wanted or (wanted % 2 and size % 2 and len(others) == wanted - 1)
-        assert all(one in chosen[other] for other in others)
-
-
 def test_a_limit_saves_requests(tmp_path: Path) -> None:
     served = _lighter()
     scores = _scores(served, tmp_path, max_rivals=2)
@@ -236,6 +163,9 @@ def test_references_and_question_are_shown_when_asked_for(tmp_path: Path) -> Non
     _scores(served, tmp_path, requests, question="which is darker", include_references=True)
     assert [_shown(body)[0] for _, _, body in served.asked] == pytest.approx([1 / 3] * 2)
     assert len(served.asked) == 2, "what was shown without references does not stand for this"
+    others = [replace(one, references=(Image.new("RGB", (32, 32), "blue"),)) for one in requests]
+    _scores(served, tmp_path, others, question="which is darker", include_references=True)
+    assert len(served.asked) == 4, "nor what was shown with other references"
 
 
 def test_what_decides_the_values_is_in_the_fingerprint(tmp_path: Path) -> None:
@@ -295,6 +225,60 @@ def test_a_failure_in_the_middle_keeps_what_was_answered(tmp_path: Path) -> None
     healthy = _lighter()
     _scores(healthy, tmp_path)
     assert len(healthy.asked) == 13
+
+
+def test_one_refusal_ends_the_asking_of_all_threads(tmp_path: Path) -> None:
+    def answer(body: Any) -> Reply:
+        if len(served.asked) == 1:
+            return Reply(b"no", 401)
+        time.sleep(0.2)
+        return _say_a()
+
+    served = serve(answer)
+    with pytest.raises(ConfigError, match="401"):
+        _scores(served, tmp_path, num_parallel=4)
+    assert len(served.asked) <= 8, "of 20"
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == len(served.asked) - 1, "others may end"
+
+
+def _slow(released: threading.Event) -> Served:
+    """An endpoint that answers one request and then keeps all others waiting, for a minute at most."""
+
+    def answer(body: Any) -> Reply:
+        if len(served.asked) > 1:
+            released.wait(60)
+        return _say_a()
+
+    served = serve(answer)
+    return served
+
+
+def test_a_deadline_waits_for_no_answer_and_no_retry(tmp_path: Path) -> None:
+    released = threading.Event()
+    served, busy = _slow(released), serve(lambda body: Reply(b"", 503, {"Retry-After": "60"}))
+    began = time.monotonic()
+    for endpoint in (served, busy):
+        worker = Judge(_scorer(endpoint, tmp_path), batch_size=64, timeout_seconds=0.5)
+        with pytest.raises(ConfigError, match=r"no answer on 5 images within batch_timeout_seconds=0\.5"):
+            worker.score(_group())
+    assert time.monotonic() - began < 10
+    released.set()
+    time.sleep(0.3)
+    assert len(served.asked) <= 5 and len(busy.asked) <= 4, "four at a time, and nothing new"
+
+
+def test_ctrl_c_waits_for_no_answer(candidates: Path) -> None:
+    served = _slow(threading.Event())
+    command = [sys.executable, "-m", "diffusion_dpo", *_arguments(candidates, served.url)]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        while len(served.asked) < 5 and process.poll() is None:
+            time.sleep(0.01)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert time.monotonic() - began < 10
 
 
 def _say_a() -> Reply:

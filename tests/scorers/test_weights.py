@@ -12,39 +12,14 @@ from safetensors.torch import save_file
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers.weights import Weights, content_hash, files_of, load_tensors, sha256_of
+from tests.scorers.tiny_hub import COMMIT, put_on_hub
 
 PAGE, LICENCE = "https://example.org/model", "MIT"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATE = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
 
 
 def _weights(pretrained: Path | str, revision: str | None = None) -> Weights:
     return Weights("judge", str(pretrained), revision, PAGE, LICENCE)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub, which cannot be reached."""
-    folder = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(folder), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    return folder
-
-
-def _put(cache: Path, files: dict[str, bytes]) -> Path:
-    """Lay out the model org/name as the hub's client does: links in `snapshots` to blobs named by their content."""
-    home = cache / "models--org--name"
-    snapshot = home / "snapshots" / COMMIT
-    for folder in (snapshot, home / "blobs", home / "refs"):
-        folder.mkdir(parents=True, exist_ok=True)
-    (home / "refs" / "main").write_text(COMMIT)
-    for name, data in files.items():
-        digest = hashlib.sha256(data) if name.endswith((".safetensors", ".bin", ".pt")) else hashlib.sha1(data)
-        blob = home / "blobs" / digest.hexdigest()
-        blob.write_bytes(data)
-        (snapshot / name).symlink_to(os.path.relpath(blob, snapshot))
-    return snapshot
 
 
 def test_a_file_and_a_folder_are_found(tmp_path: Path) -> None:
@@ -63,7 +38,7 @@ def test_what_is_missing_is_named_with_its_page_place_and_licence(tmp_path: Path
     with pytest.raises(ConfigError, match=complaint(r"lacks config\.json")):
         _weights(tmp_path).folder()
     with pytest.raises(ConfigError, match=complaint(r"lacks preprocessor_config\.json")):
-        _weights(tmp_path).folder(has_weights=False)
+        _weights(tmp_path).folder("processor")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=complaint(r"has config\.json but no model\.safetensors")):
         _weights(tmp_path).folder()
@@ -82,7 +57,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_one_sentence(name: str, cache: P
 def test_a_model_in_the_cache_of_the_hub_is_found_and_its_revision_said(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snapshot = _put(cache, {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{ }"})
+    snapshot = put_on_hub(cache, {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{ }"})
     assert _weights("org/name").folder() == snapshot
     assert capsys.readouterr().out.count(f"org/name is not pinned; now at revision={COMMIT}") == 1
     assert _weights("org/name", COMMIT).file("model.safetensors") == snapshot / "model.safetensors"
@@ -92,7 +67,7 @@ def test_a_model_in_the_cache_of_the_hub_is_found_and_its_revision_said(
 
 
 def test_half_a_model_in_the_cache_is_no_model(cache: Path) -> None:
-    _put(cache, {"config.json": b"{}"})
+    put_on_hub(cache, {"config.json": b"{}"})
     with pytest.raises(ConfigError, match=r"no model\.safetensors; download it from"):
         _weights("org/name").folder()
 
@@ -106,14 +81,14 @@ def test_a_pickle_is_fetched_only_where_there_are_no_safetensors(cache: Path, mo
         return original(name, revision=revision, allow_patterns=allow_patterns)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", listening)
-    _put(cache, {"config.json": b"{}", "model.safetensors": b"weights"})
+    put_on_hub(cache, {"config.json": b"{}", "model.safetensors": b"weights"})
     _weights("org/name").folder()
     assert asked
     assert not any("bin" in pattern for pattern in asked)
     _weights("org/name").file("config.json")
     asked.clear()
     (cache / "models--org--name" / "snapshots" / COMMIT / "model.safetensors").unlink()
-    _put(cache, {"pytorch_model.bin": b"weights"})
+    put_on_hub(cache, {"pytorch_model.bin": b"weights"})
     _weights("org/name").folder()
     assert "pytorch_model*.bin" in asked
 
@@ -135,7 +110,7 @@ def test_the_hash_is_of_names_and_bytes(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_large_file_of_the_hub_is_hashed_by_its_name(cache: Path, tmp_path: Path) -> None:
-    snapshot = _put(cache, {"config.json": b"{}", "model.safetensors": b"weights"})
+    snapshot = put_on_hub(cache, {"config.json": b"{}", "model.safetensors": b"weights"})
     copy = tmp_path / "model.safetensors"
     copy.write_bytes(b"weights")
     assert sha256_of(snapshot / copy.name) == sha256_of(copy) == hashlib.sha256(b"weights").hexdigest()
