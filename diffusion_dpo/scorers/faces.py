@@ -90,6 +90,10 @@ def _off_center(face: Face, size: tuple[int, int]) -> float:
     return float(np.hypot((left + right - size[0]) / 2, (top + bottom - size[1]) / 2))
 
 
+_OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
+_DISTRIBUTIONS = {"cv2": _OPENCV}
+
+
 def version_of(module: str, scorer: str) -> str:
     """Return a module's version without importing it; raises ConfigError, saying how to install it.
 
@@ -97,10 +101,12 @@ def version_of(module: str, scorer: str) -> str:
     """
     if importlib.util.find_spec(module) is None:
         raise ConfigError(f"scorer {scorer} needs the module {module}: pip install 'diffusion-dpo[face]'")
-    found = importlib.metadata.packages_distributions().get(module)
-    if not found:  # built by hand, or a system's package, which leaves no metadata
-        return str(importlib.import_module(module).__version__)
-    return " ".join(sorted({importlib.metadata.version(name) for name in found}))
+    for name in _DISTRIBUTIONS.get(module, (module,)):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return str(importlib.import_module(module).__version__)  # built by hand, or a system's package
 
 
 class FaceJudge(Scorer):

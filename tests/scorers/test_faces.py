@@ -131,9 +131,14 @@ def test_opencv_counts_whatever_distribution_brings_it(monkeypatch: pytest.Monke
 
     official = version_of("cv2", "sface")
     assert official.startswith(cv2.__version__)
-    there = {"cv2": ["opencv-python-headless"]}
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: there)
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"7 of {name}")
+    there = {"opencv-python-headless"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return f"7 of {name}"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert version_of("cv2", "sface") == "7 of opencv-python-headless"
     there.clear()
     assert version_of("cv2", "sface") == cv2.__version__
