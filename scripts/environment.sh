@@ -42,7 +42,7 @@ install() {
     touch "$stamp"
 }
 
-cores() { nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 2; }
+cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 2; }
 
 # More threads than that do not help models as small as the pocket one.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(cores) < 8 ? $(cores) : 8))}

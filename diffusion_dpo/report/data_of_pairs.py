@@ -1,7 +1,6 @@
 """What preference pairs hold: counts, scores, repeats, prompts that dominate, and what predicts the labels."""
 
 import math
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -94,8 +93,10 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
     untold = [f"{it.sentence}; under so few prompts that may be chance" for it in confounds if it.is_untold]
     loud_ones = [*(it.sentence for it in loud), *([_ADVICE] if loud else [])]
     warnings = [*loud_ones, *untold, *warnings, *_dominance(groups, top)]
-    kind = "" if source.type == "pairs" else f"data.type={source.type} "
-    objective = " loss.type=kto" if isinstance(source, LabelledData) else ""
+    settings = source.model_dump(mode="json", exclude_defaults=True) | {"path": str(path)}
+    if source.type == "pairs":
+        del settings["type"]
+    objective = {"loss.type": "kto"} if isinstance(source, LabelledData) else {}
     return Findings(
         headline=_headline(records, groups, loud, len({it.prompt for it in decided})),
         tiles=_tiles(found, records, groups),
@@ -109,7 +110,7 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
         ),
         warnings=tuple(warnings),
         dropped=found.dropped,
-        next_command=f"diffusion-dpo train {kind}{shlex.quote(f'data.path={path}')}{objective}",
+        next_command=command("train", {f"data.{name}": value for name, value in settings.items()} | objective),
         sheets=tuple(_sheets(found, records, num_images // 2)),
         scores=tuple(Scores(name, *(_scores(records, side, name) for side in _SIDES)) for name in metrics),
         confounds=tuple(confounds),
