@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffusion_dpo.config import command
 from diffusion_dpo.data import PairSource, PreferencePair
 from diffusion_dpo.data.collect import AGAIN, BOTH_DIRECTIONS, SAME_IMAGE, survey
 from diffusion_dpo.data.contact_sheet import GREEN, GREY, RED, Block, Tile
