@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,12 +67,17 @@ def measure(folder: Path, strategy: str) -> None:
             f"path={folder / 'candidates'}",
             f"output_dir={folder / strategy}",
             f"strategy={json.dumps(settings)}",
-            f"metric={METRICS[0]}",
+            *([f"metric={METRICS[0]}"] if strategy in ("best_worst", "top_bottom", "gate") else []),
         ],
     )
     chosen: list[float] = []
     make = pair._make
-    pair._make = lambda *args: (chosen.append(time.perf_counter()), make(*args))  # type: ignore[assignment]
+
+    def timed(*args: Any) -> int:
+        chosen.append(time.perf_counter())
+        return make(*args)
+
+    pair._make = timed
     began = time.perf_counter()
     pair.run(config)
     ended = time.perf_counter()
