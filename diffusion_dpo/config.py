@@ -148,8 +148,7 @@ class Setting(typing.NamedTuple):
 def settings(cls: type[Config], prefix: str = "", block: Config | None = None, within: str = "") -> Iterator[Setting]:
     """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type.
 
-    `block` holds the defaults where they are not those of the class; a plug-in in one of its own table, `within`,
-    is not opened.
+    `block` holds the defaults where they are not those of the class; plug-ins of the table `within` are not opened.
     """
     for name, field in cls.model_fields.items():
         key = prefix + name

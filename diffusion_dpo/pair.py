@@ -98,12 +98,11 @@ def _listed(drops: Mapping[str, int]) -> str:
 def _choose_metric(config: PairConfig, facts: dict[str, MetricFacts]) -> str:
     """Return the metric that labels: the one asked for, or the only main one; empty where none by itself does."""
     if not config.strategy.uses_main:
-        given = {
-            name: value for name in ("metric", "higher_is_better") if (value := getattr(config, name)) is not None
-        }
-        if given:
-            setting, value = next(iter(given.items()))
-            raise ConfigError(f"{setting}={value} would do nothing: {config.strategy.type} names its metrics itself")
+        for setting, value in (("metric", config.metric), ("higher_is_better", config.higher_is_better)):
+            if value is not None:
+                raise ConfigError(
+                    f"{setting}={value} would do nothing: {config.strategy.type} names its metrics itself"
+                )
         return ""
     if not facts:
         raise _unscored(config)

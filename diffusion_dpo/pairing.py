@@ -28,7 +28,6 @@ class Images:
     uids: list[str] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
     """Raw scores by metric, NaN where there is none."""
-    group_of: list[int] = field(default_factory=list)
     groups: dict[str, list[int]] = field(default_factory=dict)
     """The images of each prompt, prompts in the order of their first image."""
     prompts: dict[str, str] = field(default_factory=dict)
@@ -72,7 +71,6 @@ def read_images(
             members.append(len(images.uids))
             images.prompts[candidate.group] = candidate.prompt
             images.photos[candidate.group] = len(distinct(candidate.references))
-            images.group_of.append(len(images.groups) - 1 if len(members) == 1 else images.group_of[members[0]])
             images.uids.append(candidate.uid)
             for name, found in values.items():
                 images.values[name].append(found.get(candidate.key, math.nan))
@@ -92,7 +90,9 @@ def plan_pairs(
     """Return the pairs of every prompt that has some; adds to `drops`."""
     strategy: Strategy = config.strategy
     columns = {name: np.array(images.values[name], dtype=np.float64) for name in strategy.reads(main)}
-    groups = np.array(images.group_of, dtype=np.intp)
+    groups = np.empty(len(images.uids), dtype=np.intp)
+    for number, members in enumerate(images.groups.values()):
+        groups[members] = number
     scale = {name: spread_within(column, groups) for name, column in columns.items()}
     limits = Limits(config.min_margin, config.min_margin_norm, config.max_pairs_per_prompt, config.max_pairs_per_image)
     plan: Plan = {}

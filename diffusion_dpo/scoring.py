@@ -65,6 +65,7 @@ class Scoring:
     """There once something new has to be judged: a rerun loads no weights, and does not even import torch."""
     _fingerprint: str = ""
     _groups: dict[str, _Group] = field(default_factory=dict)
+    _facts_are_there: bool = False
 
     def run(self, units: Sequence[Unit]) -> list[Verdicts]:
         """Write the shards that are missing or outdated; return the verdicts on every image, in order.
@@ -155,6 +156,9 @@ class Scoring:
 
     def _write_facts(self) -> None:
         """Say what the numbers mean: once there are some, since the numbers of another version do not count then."""
+        if self._facts_are_there:
+            return
+        self._facts_are_there = True
         path = facts_path(self.folder, self.scorer.metrics[0].name)
         facts = _facts(self.scorer, self._fingerprint)
         try:

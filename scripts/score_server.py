@@ -2,7 +2,7 @@
 """A server for scorers of type `http`, and the pattern for one of your own.
 
     python scripts/score_server.py brightness --port 8000
-    python scripts/score_server.py "{type: clip, mode: image}" --port 8001
+    python scripts/score_server.py clip_image --port 8001
 
 serves a scorer of this package, one request at a time, to this machine alone, and prints the settings to ask it with.
 

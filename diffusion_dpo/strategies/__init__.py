@@ -7,7 +7,7 @@ the merit -inf (`missing: drop | lose`), so it never wins, and never loses by ac
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,9 +68,6 @@ class Pick(NamedTuple):
 
 class Strategy(Plugin):
     """How the images of a prompt become pairs (`strategy: {type: ...}`)."""
-
-    needs_scores: ClassVar[bool] = True
-    """False for a strategy that works without any."""
 
     @property
     def named(self) -> tuple[str, ...]:

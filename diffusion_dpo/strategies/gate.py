@@ -76,10 +76,9 @@ class Gate(Strategy):
         if self.failed == "lose":
             worst = {name: np.where(passed, values, -np.inf) for name, values in table.merits.items()}
             rest, positions = replace(table, merits=worst), np.arange(len(table))
+            drops.clear()  # they may be rejected still
         else:
             rest, positions = table.only(passed), passed.nonzero()[0]
-        if self.failed == "lose":  # they may be rejected still
-            drops.clear()
         if not self.then.can_pair(rest):
             return [], drops + Counter({TOO_FEW: 1})
         picks, dropped = self.then.pick(rest)

@@ -34,5 +34,6 @@ class Pareto(Strategy):
         """Return every dominating pair; its margin is the mean gap."""
         gap = gaps(table, self.metrics)
         dominates = (gap >= 0).all(0) & (gap > 0).any(0) & (gap.max(0) >= self.min_gain)
-        picks = [Pick(int(i), int(j), *2 * (float(gap[:, i, j].mean()),)) for i, j in np.argwhere(dominates)]
+        means = {(int(i), int(j)): float(gap[:, i, j].mean()) for i, j in np.argwhere(dominates)}
+        picks = [Pick(i, j, mean, mean) for (i, j), mean in means.items()]
         return picks, Counter({NOT_DOMINATED: len(table) * (len(table) - 1) // 2 - len(picks)})

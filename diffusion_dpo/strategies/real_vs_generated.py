@@ -6,15 +6,12 @@ Such pairs are easily told apart by sharpness, colour or format instead of conte
 
 import math
 from collections import Counter
-from typing import ClassVar
 
 from diffusion_dpo.strategies import Pick, ScoreTable, Strategy
 
 
 class RealVsGenerated(Strategy):
     """Each reference photograph of a prompt against each generated image; needs no scores."""
-
-    needs_scores: ClassVar[bool] = False
 
     @property
     def uses_main(self) -> bool:
