@@ -10,8 +10,6 @@ from typing import Literal
 
 import numpy as np
 from pydantic import Field, field_validator
-from scipy.special import expit
-from scipy.stats import median_abs_deviation, rankdata
 
 from diffusion_dpo.config import plugin
 from diffusion_dpo.strategies import Pick, ScoreTable, Strategy, gaps
@@ -71,6 +69,9 @@ class Weighted(Strategy):
         return self.then.pick(replace(table, main=_SUM, merits=merits, scale=table.scale | {_SUM: 1.0}))
 
     def _normalised(self, table: ScoreTable, metric: str) -> np.ndarray:
+        from scipy.special import expit  # here, because the help opens every strategy, and scipy.stats is slow to come
+        from scipy.stats import median_abs_deviation, rankdata
+
         merits = table.merits[metric]
         known = np.isfinite(merits)
         found = np.full(len(merits), -np.inf)
