@@ -3,17 +3,20 @@
 import io
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.shards import PAIRS, encode_png, located_rows, write_shard
 from diffusion_dpo.pocket.world import distinct_scenes, render
+from tests.browser import CHROMIUM
 from tests.fakes import make_stable_diffusion, make_stable_diffusion_xl
 
 
@@ -23,6 +26,17 @@ def default_signals() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """Debian's headless Chromium, driven by playwright; of one module, since its event loop stays in the thread."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session", params=["epsilon", "v_prediction"])

@@ -13,8 +13,8 @@ from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.rows import pair_id
 from diffusion_dpo.report import audit
 from diffusion_dpo.report.audit import write_audit
+from tests.browser import HOSTILE, Elements, needs_chromium, run_page
 from tests.photos import encode, photo
-from tests.report.browser import HOSTILE, Elements, needs_chromium, run_page
 
 
 @functools.cache

@@ -17,8 +17,8 @@ from diffusion_dpo.data.shards import PAIRS, write_shard
 from diffusion_dpo.files import write_json
 from diffusion_dpo.report.data_of_pairs import look_at_pairs
 from diffusion_dpo.report.data_page import Findings, write_page
+from tests.browser import HOSTILE, Elements, needs_chromium, run_page
 from tests.photos import encode
-from tests.report.browser import HOSTILE, Elements, needs_chromium, run_page
 
 
 def speckle(seed: int, light: float) -> Image.Image:

@@ -15,7 +15,7 @@ from diffusion_dpo.pocket import world
 from diffusion_dpo.report import Gallery, MetricScores, Pair, Report, html
 from diffusion_dpo.report.gallery import choose_pairs, embed
 from diffusion_dpo.report.statistics import METHODS, summarise
-from tests.report.browser import HOSTILE, Elements, needs_chromium, run_page
+from tests.browser import HOSTILE, Elements, needs_chromium, run_page
 
 SEEDS = 2
 
