@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from diffusion_dpo import registry
+from diffusion_dpo.yaml_dialect import Dumper, Loader
 
 
 class ConfigError(ValueError):
@@ -114,7 +115,7 @@ def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
 
 def dump(config: Config) -> str:
     """Return the complete settings as YAML that `load` reads back into an equal config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=119)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
 
 
 def override(key: str, value: object) -> str:
@@ -123,7 +124,7 @@ def override(key: str, value: object) -> str:
         return f"{key}={json.dumps(value, separators=(',', ':'))}"
     text = str(value)
     try:
-        plain = yaml.load(text, _Loader) == text  # noqa: S506 - a SafeLoader
+        plain = yaml.load(text, Loader) == text  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         plain = False
     return f"{key}={text if plain else json.dumps(text)}"
@@ -163,47 +164,11 @@ def settings(cls: type[Config], prefix: str = "", block: Config | None = None, w
                     if not setting.key.endswith("].type"):
                         yield setting
         elif inner is not None:
-            yield from settings(inner, f"{key}.", value if isinstance(value, inner) else None)
+            below = f"{key}.NAME." if _is_named(field.annotation) else f"{key}."
+            yield from settings(inner, below, value if isinstance(value, inner) else None)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it. YAML 1.1 reads 1e-8 as text, `on` as true, 1:30 as 90, 010 as 8, 2026-11-23 as a date,
-    and of two equal keys the second silently wins.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for position, key in enumerate(keys) if key in keys[:position]), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} is set twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-_SCALARS = {
-    "bool": (r"(?:true|True|false|False)$", "tTfF"),
-    "int": (r"[-+]?(?:0|[1-9][\d_]*)$", "-+0123456789"),
-    "float": (
-        r"[-+]?(?:\d[\d_]*\.\d*(?:[eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.\d+(?:[eE][-+]?\d+)?|\.(?:inf|nan))$",
-        "-+0123456789.",
-    ),
-}
-_REPLACED = {f"tag:yaml.org,2002:{name}" for name in (*_SCALARS, "timestamp")}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, (_pattern, _first) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list(_first))
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that _Loader would take for something else."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -215,7 +180,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if data is not None and not isinstance(data, dict):
@@ -228,7 +193,7 @@ def _split_override(text: str) -> tuple[list[str], Any]:
     if not separator or not key or not all(part.isidentifier() for part in key.split(".")):
         raise ConfigError(f"{text!r} is not a setting: write key=value, e.g. seed=1 or loss.beta=2000")
     try:
-        return key.split("."), yaml.load(value, _Loader)  # noqa: S506 - a SafeLoader
+        return key.split("."), yaml.load(value, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(
             f"the value of {key} is not valid YAML: {value!r} ({' '.join(str(error).split())})"
@@ -323,9 +288,12 @@ def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
         block, _, leaf = path[-1].partition(".")
         return _Problem(key, f"{text}; in YAML, blocks are nested: `{block}: {{{leaf}: ...}}`")
     found: type[Config] | None = cls
-    for part in path[:-1]:
+    parts = iter(path[:-1])
+    for part in parts:
         field = found.model_fields.get(part) if found else None
         found = _config_in(field.annotation) if field else found
+        if field and _is_named(field.annotation):
+            next(parts, None)  # a name of the user's
     siblings = list(found.model_fields) if found else []
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
@@ -344,6 +312,11 @@ def _config_in(annotation: Any) -> type[Config] | None:
         if found is not None:
             return found
     return None
+
+
+def _is_named(annotation: Any) -> bool:
+    """Whether a field holds blocks by names that the user chooses."""
+    return typing.get_origin(annotation) is dict
 
 
 def _table_of(field: Any) -> str | None:
@@ -374,6 +347,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(_type_name(argument) for argument in arguments)
     if origin is typing.Literal:
         return " | ".join(str(argument) for argument in arguments)
+    if origin is dict:
+        return "blocks by name"
     if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
     if annotation is type(None):
@@ -391,7 +366,7 @@ def _show_default(value: Any) -> str:
     if isinstance(value, Config):
         return ""
     if isinstance(value, dict):
-        return str(value.get("type", value))
+        return str(value["type"]) if "type" in value else "{" + ", ".join(value) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_show_default(item) for item in value) + "]"
     if value is None or value == "":

@@ -14,7 +14,7 @@ from diffusion_dpo import registry
 PACKAGE = Path(importlib.util.find_spec("diffusion_dpo").origin).parent
 LAYERS = [
     {"registry", "interrupt"},
-    {"config", "settings", "files", "console", "pocket", "device", "processes"},
+    {"config", "settings", "yaml_dialect", "files", "console", "pocket", "device", "processes"},
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
     {"mixture", "sampling", "report", "card", "pairing", "scoring"},
     {"training"},
