@@ -11,45 +11,76 @@ over the prompts that changed (Fisher, The Design of Experiments, 1935, section 
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
-from diffusion_dpo.report import Interval, MetricResult, MetricScores
+from diffusion_dpo.report import BASELINE, Interval, MetricResult, MetricScores, Role
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
+POWER = 0.8
+FEWEST_PROMPTS = 20
+"""Below so many, intervals come out too narrow."""
 METHODS = {
     "unit": "the prompt: values are averaged over the seeds of a prompt first, then over prompts",
     "mean_difference_interval": f"95 % percentile bootstrap over prompts, {NUM_RESAMPLES} resamples, fixed seed",
     "win_rate_interval": "95 % Wilson score interval at the effective number of prompts, at most the number of pairs",
     "no effect": "an interval is widened to include no effect (0, or a win rate of one half) unless a two-sided "
     "sign-flip test over the prompts that changed rejects it at 5 %",
+    "p_value": "two-sided Wilcoxon signed-rank test of the per-prompt mean differences; prompts that tie are left out",
+    "p_holm": "the same after Holm's correction over the main metrics of a model",
     "wins, ties, losses": "counted per pair of images (same prompt, same seed); a tie is an exactly equal score",
     "missing": "a pair with an image that could not be scored is left out of that metric and counted, never a zero",
+    "prompts_needed": f"prompts for which an interval excludes one half with a probability of {POWER:.0%}, by the "
+    "normal approximation, with the spread between prompts that was observed",
 }
 _MAX_ENUMERATED = 12
 """Up to this many changed prompts all 2^n signs are tried; above, NUM_RESAMPLES random ones."""
 _BATCH_ELEMENTS = 2_000_000
 
 
-def summarise(scores: MetricScores) -> MetricResult:
-    """Return the result of one metric. Swapping before and after flips every difference and mirrors every win."""
-    assert scores.before.shape == scores.after.shape and scores.before.ndim == 2
-    differences = pair_differences(scores)
+def paired_statistics(
+    baseline: ArrayLike,
+    other: ArrayLike,
+    *,
+    higher_is_better: bool = True,
+    name: str = "score",
+    model: str = "model",
+    category: str = "",
+    role: Role = "held_out",
+    auxiliary: bool = False,
+) -> MetricResult:
+    """Return the statistics of paired scores, arrays of shape (num_prompts,) or (num_prompts, seeds), NaN: no score.
+
+    Element by element, both come from the same prompt, seed and noise. Swapping them flips every difference and
+    mirrors every win. Raises ValueError for other shapes.
+    """
+    first, second = (np.atleast_1d(np.asarray(values, dtype=float)) for values in (baseline, other))
+    if first.shape != second.shape or first.ndim > 2:
+        raise ValueError(
+            f"paired scores must both be of shape (num_prompts,) or (num_prompts, seeds), not {first.shape} and "
+            f"{second.shape}"
+        )
+    first, second = (values.reshape(len(values), -1) for values in (first, second))
+    differences = second - first
     scored = np.isfinite(differences)
-    outcomes = np.sign(differences) * (1 if scores.higher_is_better else -1)
+    outcomes = np.sign(differences) * (1 if higher_is_better else -1)
     per_prompt = _known(prompt_means(differences))
     return MetricResult(
-        name=scores.name,
-        role=scores.role,
-        auxiliary=scores.auxiliary,
-        higher_is_better=scores.higher_is_better,
+        name=name,
+        model=model,
+        category=category,
+        role=role,
+        auxiliary=auxiliary,
+        higher_is_better=higher_is_better,
         num_prompts=per_prompt.size,
         num_pairs=int(scored.sum()),
         num_missing=int((~scored).sum()),
-        mean_before=_mean(prompt_means(np.where(scored, scores.before, np.nan))),
-        mean_after=_mean(prompt_means(np.where(scored, scores.after, np.nan))),
+        mean_baseline=_mean(prompt_means(np.where(scored, first, np.nan))),
+        mean=_mean(prompt_means(np.where(scored, second, np.nan))),
         mean_difference=_mean(per_prompt),
         mean_difference_interval=mean_interval(per_prompt),
         median_difference=float(np.median(per_prompt)) if per_prompt.size else None,
@@ -59,12 +90,95 @@ def summarise(scores: MetricScores) -> MetricResult:
         wins=int((outcomes > 0).sum()),
         ties=int((outcomes == 0).sum()),
         losses=int((outcomes < 0).sum()),
+        p_value=wilcoxon_p(per_prompt),
     )
 
 
-def pair_differences(scores: MetricScores) -> np.ndarray:
-    """Return after minus before of shape (num_prompts, seeds), NaN where either score is missing."""
-    return scores.after - scores.before
+def summarise(
+    metric: MetricScores, model: str, *, prompts: np.ndarray | None = None, category: str = ""
+) -> MetricResult:
+    """Return one metric of one model against the baseline; `prompts`, indices or a mask, are those of a category."""
+    baseline, other = (metric.values[name] for name in (BASELINE, model))
+    if prompts is not None:
+        baseline, other = baseline[prompts], other[prompts]
+    return paired_statistics(
+        baseline,
+        other,
+        higher_is_better=metric.higher_is_better,
+        name=metric.name,
+        model=model,
+        category=category,
+        role=metric.role,
+        auxiliary=metric.auxiliary,
+    )
+
+
+def summarise_all(scores: Sequence[MetricScores], categories: Sequence[str]) -> list[MetricResult]:
+    """Return every metric of every model, on all prompts (with Holm's correction) and then by category.
+
+    `categories` has the category of each prompt; where all are the same there is nothing to divide.
+    """
+    models = [name for name in scores[0].values if name != BASELINE] if scores else []
+    results: list[MetricResult] = []
+    for model in models:
+        results += correct([summarise(metric, model) for metric in scores])
+    names = list(dict.fromkeys(name for name in categories if name))
+    labels = np.array(categories)
+    for category in names if len(set(categories)) > 1 else []:
+        rows = np.flatnonzero(labels == category)
+        results += [summarise(m, model, prompts=rows, category=category) for model in models for m in scores]
+    return results
+
+
+def correct(results: Sequence[MetricResult]) -> list[MetricResult]:
+    """Return the results of one model with `p_holm` over its main metrics."""
+    tested = [i for i, it in enumerate(results) if not it.auxiliary and it.p_value is not None]
+    adjusted = dict(zip(tested, holm([results[i].p_value or 0.0 for i in tested]), strict=True))
+    return [it.model_copy(update={"p_holm": adjusted[i]}) if i in adjusted else it for i, it in enumerate(results)]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number, in the same order (Holm, Scand. J. Stat. 6, 1979)."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable").tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def wilcoxon_p(per_prompt: np.ndarray) -> float | None:
+    """Return the two-sided p of Wilcoxon's signed-rank test; None with fewer than two prompts, 1 where all tie."""
+    if per_prompt.size < 2:
+        return None
+    changed = per_prompt[per_prompt != 0]
+    return float(stats.wilcoxon(changed).pvalue) if changed.size else 1.0
+
+
+def prompts_needed(win_rate: float, outcomes: np.ndarray | None = None) -> int:
+    """Return how many prompts would show a win rate other than one half, with a probability of 80 % (POWER).
+
+    `outcomes` of an earlier comparison, (num_prompts, seeds) of 1, 0 and -1 or NaN, say how far prompts differ;
+    without them, one seed a prompt and no ties are assumed, which needs most. Never fewer than 20 (FEWEST_PROMPTS).
+    Raises ValueError unless win_rate is in (0, 1) and not one half.
+    """
+    if not 0 < win_rate < 1 or win_rate == 0.5:
+        raise ValueError(f"a win rate must lie between 0 and 1, and not be one half: {win_rate:g}")
+    known = _known(prompt_means(outcomes)) / 2 if outcomes is not None else np.array([])
+    binomial = math.sqrt(win_rate * (1 - win_rate))
+    spread = float(known.std(ddof=1)) if known.size > 1 and known.std() > 0 else binomial
+    # Wilson's interval excludes one half where a test with the variance under one half rejects it
+    z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * 0.5 / binomial + float(stats.norm.ppf(POWER))
+    return max(FEWEST_PROMPTS, math.ceil((z * spread / (win_rate - 0.5)) ** 2))
+
+
+def pair_differences(metric: MetricScores, model: str) -> np.ndarray:
+    """Return model minus baseline of shape (num_prompts, seeds), NaN where either score is missing."""
+    return metric.values[model] - metric.values[BASELINE]
+
+
+def outcomes_of(metric: MetricScores, model: str) -> np.ndarray:
+    """Return (num_prompts, seeds) of 1 where the model won, 0 tied, -1 lost, NaN where a score is missing."""
+    return np.sign(pair_differences(metric, model)) * (1 if metric.higher_is_better else -1)
 
 
 def prompt_means(values: np.ndarray) -> np.ndarray:

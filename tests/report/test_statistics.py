@@ -1,6 +1,5 @@
 """Invariants of the paired statistics: symmetry, ties, missing values, and intervals that cover what they promise."""
 
-import dataclasses
 import itertools
 import math
 import warnings
@@ -9,18 +8,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion_dpo.report import MetricScores
-from diffusion_dpo.report.statistics import mean_interval, sign_flip_p, summarise, win_rate_interval
+from diffusion_dpo.report import BASELINE, MetricScores
+from diffusion_dpo.report.statistics import (
+    holm,
+    mean_interval,
+    paired_statistics,
+    prompts_needed,
+    sign_flip_p,
+    summarise_all,
+    wilcoxon_p,
+    win_rate_interval,
+)
+
+Scores = tuple[np.ndarray, np.ndarray]
 
 
-def random_scores(seed: int, *, prompts: int = 40, seeds: int = 2, ties: float = 0.2) -> MetricScores:
+def random_scores(seed: int, *, prompts: int = 40, seeds: int = 2, ties: float = 0.2) -> Scores:
     rng = np.random.default_rng(seed)
     before = rng.normal(size=(prompts, 1)) + rng.normal(size=(prompts, seeds))
     after = before + 0.3 + rng.normal(size=(prompts, seeds))
     after[rng.random((prompts, seeds)) < ties] = np.nan
     after = np.where(np.isnan(after), before, after)
     before[0, 0] = np.nan
-    return MetricScores("m", "held_out", True, before, after)
+    return before, after
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +41,8 @@ def _no_warnings():
 
 
 def test_a_model_against_itself_is_all_ties_with_a_zero_interval() -> None:
-    scores = random_scores(0)
-    result = summarise(dataclasses.replace(scores, after=scores.before))
+    before, _ = random_scores(0)
+    result = paired_statistics(before, before)
     assert (result.wins, result.ties, result.losses) == (0, 79, 0)
     assert result.mean_difference == 0
     assert result.mean_difference_interval == (0, 0)
@@ -41,14 +51,13 @@ def test_a_model_against_itself_is_all_ties_with_a_zero_interval() -> None:
 
 @pytest.mark.parametrize("seed,seeds,prompts", list(itertools.product(range(5), (1, 3), (2, 7, 40))))
 def test_swapping_flips_every_sign_and_mirrors_every_interval(seed: int, seeds: int, prompts: int) -> None:
-    scores = random_scores(seed, seeds=seeds, prompts=prompts)
-    there = summarise(scores)
-    back = summarise(dataclasses.replace(scores, before=scores.after, after=scores.before))
+    before, after = random_scores(seed, seeds=seeds, prompts=prompts)
+    there, back = paired_statistics(before, after), paired_statistics(after, before)
     assert back.mean_difference == -there.mean_difference
     assert back.median_difference == -there.median_difference
     assert back.difference_std == there.difference_std
     assert (back.wins, back.ties, back.losses) == (there.losses, there.ties, there.wins)
-    assert (back.mean_before, back.mean_after) == (there.mean_after, there.mean_before)
+    assert (back.mean_baseline, back.mean, back.p_value) == (there.mean, there.mean_baseline, there.p_value)
     assert back.win_rate == pytest.approx(1 - there.win_rate, abs=1e-15)
     assert back.win_rate_interval == pytest.approx([1 - x for x in reversed(there.win_rate_interval)], abs=1e-15)
     if there.mean_difference_interval is not None:
@@ -58,7 +67,7 @@ def test_swapping_flips_every_sign_and_mirrors_every_interval(seed: int, seeds: 
 
 def test_lower_is_better_swaps_wins_and_leaves_raw_differences() -> None:
     scores = random_scores(1)
-    high, low = summarise(scores), summarise(dataclasses.replace(scores, higher_is_better=False))
+    high, low = paired_statistics(*scores), paired_statistics(*scores, higher_is_better=False)
     assert low.mean_difference == high.mean_difference
     assert low.mean_difference_interval == high.mean_difference_interval
     assert (low.wins, low.losses) == (high.losses, high.wins)
@@ -68,21 +77,21 @@ def test_lower_is_better_swaps_wins_and_leaves_raw_differences() -> None:
 def test_the_numbers_of_a_small_case() -> None:
     before = np.array([[0.0, 0.0], [1.0, np.nan], [np.nan, np.nan]])
     after = np.array([[1.0, 0.0], [0.0, 5.0], [1.0, 1.0]])
-    result = summarise(MetricScores("m", "held_out", True, before, after))
+    result = paired_statistics(before, after)
     assert (result.num_prompts, result.num_pairs, result.num_missing) == (2, 3, 3)
     assert (result.wins, result.ties, result.losses) == (1, 1, 1)
-    assert (result.mean_before, result.mean_after) == (0.5, 0.25)  # a missing partner leaves the pair out
+    assert (result.mean_baseline, result.mean) == (0.5, 0.25)  # a missing partner leaves the pair out
     assert result.mean_difference == (0.5 - 1) / 2
     assert result.win_rate == (0.75 + 0) / 2  # prompts weigh the same, whatever their number of pairs
 
 
 def test_seeds_of_a_prompt_are_not_independent_evidence() -> None:
     """Repeating every pair ten times under the same prompt must not narrow an interval."""
-    scores = random_scores(2, seeds=1, ties=0)
-    tenfold = dataclasses.replace(scores, before=scores.before.repeat(10, 1), after=scores.after.repeat(10, 1))
-    one, ten = summarise(scores), summarise(tenfold)
+    before, after = random_scores(2, seeds=1, ties=0)
+    one, ten = paired_statistics(before, after), paired_statistics(before.repeat(10, 1), after.repeat(10, 1))
     assert ten.mean_difference_interval == pytest.approx(one.mean_difference_interval)
     assert ten.win_rate_interval == pytest.approx(one.win_rate_interval)
+    assert ten.p_value == pytest.approx(one.p_value)
 
 
 @pytest.mark.parametrize("wins,losses", [(0, 9), (3, 6), (41, 23), (64, 0)])
@@ -93,13 +102,13 @@ def test_one_seed_without_ties_is_wilsons_interval(wins: int, losses: int) -> No
 
 
 def test_nothing_scored_one_prompt_and_equal_differences_give_no_nan() -> None:
-    empty = summarise(MetricScores("m", "held_out", True, np.full((3, 2), np.nan), np.zeros((3, 2))))
+    empty = paired_statistics(np.full((3, 2), np.nan), np.zeros((3, 2)))
     assert (empty.mean_difference, empty.mean_difference_interval, empty.win_rate) == (None, None, None)
     assert empty.num_missing == 6
-    single = summarise(MetricScores("m", "held_out", True, np.zeros((1, 2)), np.ones((1, 2))))
+    single = paired_statistics(np.zeros((1, 2)), np.ones((1, 2)))
     assert single.mean_difference == 1 and single.mean_difference_interval is None
     assert single.win_rate_interval is not None and single.win_rate_interval[1] == 1
-    equal = summarise(MetricScores("m", "held_out", True, np.zeros((9, 1)), np.full((9, 1), 0.25)))
+    equal = paired_statistics(np.zeros((9, 1)), np.full((9, 1), 0.25))
     assert equal.mean_difference_interval == (0.25, 0.25)
     for result in (empty, single, equal):
         assert "NaN" not in result.model_dump_json()
@@ -173,3 +182,66 @@ def test_intervals_cover_the_truth_when_nearly_all_prompts_tie(changed: float, s
         win_hits += low <= 0.5 + truth / 2 <= high
     assert mean_hits / 300 >= 0.89 and win_hits / 300 >= 0.95  # the mean's bootstrap is rough with so few changes
     assert up != 0.5 or excluded / 300 <= 0.05
+
+
+def test_a_true_tie_is_called_a_difference_in_one_study_of_twenty() -> None:
+    """1,000 studies with a true win rate of one half, whose seeds agree with each other."""
+    rng = np.random.default_rng(3)
+    excluded = 0
+    for _ in range(1000):
+        lean = 1 / (1 + np.exp(-1.5 * rng.normal(size=(60, 1))))
+        outcomes = np.where(rng.random((60, 4)) < lean, 1.0, -1.0)
+        low, high = win_rate_interval(outcomes) or (math.nan, math.nan)
+        excluded += not low <= 0.5 <= high
+    assert 30 <= excluded <= 70
+
+
+def test_the_signed_rank_test_is_scipys_and_ignores_ties() -> None:
+    values = np.random.default_rng(4).normal(0.3, 1, 30)
+    assert wilcoxon_p(np.append(values, np.zeros(9))) == stats.wilcoxon(values).pvalue
+    assert wilcoxon_p(np.zeros(9)) == 1 and wilcoxon_p(np.ones(1)) is None
+    assert wilcoxon_p(-values) == wilcoxon_p(values)
+
+
+def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.5]) == [1, 1] and holm([]) == []
+
+
+@pytest.mark.parametrize("win_rate", [0.6, 0.3])
+def test_as_many_prompts_as_are_said_to_be_needed_show_it_four_times_in_five(win_rate: float) -> None:
+    rng = np.random.default_rng(5)
+
+    def outcomes(prompts: int) -> np.ndarray:
+        lean = np.clip(win_rate + 0.15 * rng.normal(size=(prompts, 1)), 0, 1)
+        return np.where(rng.random((prompts, 2)) < lean, 1.0, -1.0)
+
+    needed = prompts_needed(win_rate, outcomes(2000))
+    intervals = [win_rate_interval(outcomes(needed)) for _ in range(300)]
+    assert 0.7 <= np.mean([low > 0.5 or high < 0.5 for low, high in intervals]) <= 0.88
+    assert prompts_needed(win_rate) > needed and prompts_needed(0.9) == 20
+    with pytest.raises(ValueError, match="must lie between 0 and 1"):
+        prompts_needed(0.5)
+
+
+def test_metrics_are_corrected_together_model_by_model_and_categories_are_divided() -> None:
+    rng = np.random.default_rng(6)
+    base = rng.normal(size=(20, 2))
+    scores = [
+        MetricScores(name, "held_out", True, {BASELINE: base, "a": base + 1, "b": base - gain}, auxiliary)
+        for name, gain, auxiliary in (("x", 0.5, False), ("y", 0.0, False), ("z", 0.1, True))
+    ]
+    results = summarise_all(scores, ["animal"] * 5 + ["scene"] * 15)
+    assert [(it.model, it.name, it.category) for it in results[:6]] == [(m, n, "") for m in "ab" for n in "xyz"]
+    whole, animal = results[3], next(it for it in results if (it.model, it.name, it.category) == ("b", "x", "animal"))
+    assert (whole.num_prompts, animal.num_prompts) == (20, 5)
+    assert whole.p_holm == pytest.approx(2 * whole.p_value) and animal.p_holm is None
+    assert all((it.p_holm is None) == (it.auxiliary or bool(it.category)) for it in results)
+    assert len(results) == 6 + 2 * 6 and len(summarise_all(scores, ["all"] * 20)) == 6
+
+
+def test_plain_lists_are_scores_and_other_shapes_are_refused() -> None:
+    result = paired_statistics([1, 2, 3], [2, 2, 2])
+    assert (result.wins, result.ties, result.losses, result.mean_difference) == (1, 1, 1, 0)
+    with pytest.raises(ValueError, match=r"not \(2,\) and \(3,\)"):
+        paired_statistics([1, 2], [1, 2, 3])
