@@ -50,11 +50,11 @@ def compare_command(config: TrainConfig) -> str:
     """
     model = config.model.model_dump()
     base = {key: model[key] for key in ("pretrained", "revision", "variant") if model.get(key) is not None}
-    sides = {f"{side}.{key}": value for side in ("before", "after") for key, value in base.items()}
+    baseline = {f"baseline.{key}": value for key, value in base.items()}
     if model.get("adapter_path") is not None:
-        sides["before.adapter_path"] = model["adapter_path"]
+        baseline["baseline.adapter_path"] = model["adapter_path"]
     prompts = {} if model.get("pretrained") == "pocket" else {"prompts_path": "PROMPTS.txt"}
-    return command("compare", {**sides, "after.adapter_path": config.output_dir, **prompts})
+    return command("compare", {**baseline, "models.tuned.adapter_path": config.output_dir, **prompts})
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import warn
 from diffusion_dpo.files import fsync_file, fsync_folder
 
@@ -81,17 +82,24 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
     Damaged ones are named in a warning and passed over.
     """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return load(path)
+        except ConfigError as error:
+            warn(f"{error}; trying the one before it")
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Return one checkpoint; raises ConfigError when its files are not what its manifest says."""
     from safetensors.torch import load_file
 
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        fault = _fault(path)
-        if fault:
-            warn(f"the checkpoint {path} is damaged ({fault}); trying the one before it")
-            continue
-        manifest = json.loads((path / _MANIFEST).read_text())
-        parts = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
-        return Checkpoint(manifest["step"], parts, manifest["state"])
-    return None
+    fault = _fault(path)
+    if fault:
+        raise ConfigError(f"the checkpoint {path} is damaged ({fault})")
+    manifest = json.loads((path / _MANIFEST).read_text())
+    parts = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
+    return Checkpoint(manifest["step"], parts, manifest["state"])
 
 
 def _fault(path: Path) -> str:

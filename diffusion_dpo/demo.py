@@ -70,7 +70,7 @@ def run(config: DemoConfig) -> Path:
             "[5/5] compare before and after, on prompts that were held out",
             "compare",
             {
-                "after.adapter_path": tuned,
+                "models.tuned.adapter_path": tuned,
                 "prompts_path": held_out,
                 "scorers": ["clip", "pocket_scene"],
                 "seeds_per_prompt": 3,

@@ -1,20 +1,23 @@
-"""`compare` on tiny pipelines: with itself, swapped, repeated, interrupted, and what training says of its pairs."""
+"""`compare` on tiny pipelines: with itself, swapped, added to, interrupted, and what training says of its pairs."""
 
 import json
 import shutil
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffusion_dpo import compare
-from diffusion_dpo.compare import trained_on_metrics
+from diffusion_dpo.comparing import drawing
+from diffusion_dpo.comparing.lineup import trained_on_metrics
 from diffusion_dpo.config import ConfigError, validate
+from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.files import write_json
 from diffusion_dpo.pocket.world import distinct_scenes
-from diffusion_dpo.report import Report
+from diffusion_dpo.report import MetricResult, Report
 from diffusion_dpo.settings import CompareConfig
 from tests.fakes import make_stable_diffusion
 
@@ -40,11 +43,13 @@ def config(first: Path, second: Path, output_dir: Path, **changes: object) -> Co
     captions.write_text("\n".join(scene.caption for scene in islice(distinct_scenes(0, held_out=True), 4)))
     settings = {
         "prompts_path": str(captions),
-        "before": {"pretrained": str(first)},
-        "after": {"pretrained": str(second)},
+        "baseline": {"pretrained": str(first)},
+        "models": {"tuned": {"pretrained": str(second)}},
         "num_prompts": 4,
         "sampling": {"num_inference_steps": 1, "resolution_px": 32, "batch_size": 16},
         "scorers": ["brightness"],
+        "distance": None,
+        "diversity": None,
         "output_dir": str(output_dir),
     }
     return validate(CompareConfig, settings | changes, where="the test")
@@ -56,16 +61,34 @@ def run(settings: CompareConfig) -> Report:
     return Report.model_validate_json((settings.output_dir / "report.json").read_text("utf-8"))
 
 
+def result_of(report: Report, name: str, model: str = "tuned", category: str = "") -> MetricResult:
+    (found,) = [result for result in report.of(model, category) if result.name == name]
+    return found
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every batch that is drawn."""
+    draw, sizes = drawing.draw, []
+
+    def counting(pipeline: Any, requests: Any, sampling: Any) -> Any:
+        sizes.append(len(requests))
+        return draw(pipeline, requests, sampling)
+
+    monkeypatch.setattr(drawing, "draw", counting)
+    return sizes
+
+
 def test_a_model_against_itself_ties_everywhere(models: tuple[Path, Path], tmp_path: Path) -> None:
     report = run(config(models[0], models[0], tmp_path / "same"))
-    (metric,) = report.metrics
+    metric = result_of(report, "brightness")
     assert (metric.wins, metric.ties, metric.losses) == (0, 8, 0)
     assert metric.mean_difference == 0 and metric.mean_difference_interval == (0, 0) and metric.win_rate == 0.5
 
 
 def test_swapping_the_models_flips_every_sign(models: tuple[Path, Path], tmp_path: Path) -> None:
-    (there,) = run(config(*models, tmp_path / "ab")).metrics
-    (back,) = run(config(*models[::-1], tmp_path / "ba")).metrics
+    there = result_of(run(config(*models, tmp_path / "ab")), "brightness")
+    back = result_of(run(config(*models[::-1], tmp_path / "ba")), "brightness")
     assert there.mean_difference and back.mean_difference == -there.mean_difference
     assert there.mean_difference_interval and back.mean_difference_interval
     assert back.mean_difference_interval == tuple(-bound for bound in reversed(there.mean_difference_interval))
@@ -78,48 +101,83 @@ def test_a_rerun_draws_and_judges_nothing_and_an_interrupted_run_goes_on(
 ) -> None:
     settings = config(*models, tmp_path / "run", prompts_path=str(prompts), num_prompts=PROMPTS)
     whole = config(*models, tmp_path / "whole", prompts_path=str(prompts), num_prompts=PROMPTS)
-    draw, batches = compare.draw, 0
+    draw, batches = drawing.draw, 0
 
     def failing(*arguments: object) -> object:
         nonlocal batches
         batches += 1
-        if batches == 7:  # before: 4 batches and 1; after: stopped in the first shard
+        if batches == 14:  # the baseline: 2 seeds of 5 batches; tuned: stopped within the first seed
             raise KeyboardInterrupt
         return draw(*arguments)
 
-    monkeypatch.setattr(compare, "draw", failing)
+    monkeypatch.setattr(drawing, "draw", failing)
     with pytest.raises(KeyboardInterrupt):
         compare.run(settings)
-    assert sorted(p.name for p in (tmp_path / "run" / "before").iterdir()) == [
-        "images-00000.parquet",
-        "images-00001.parquet",
-    ]
-    assert not list((tmp_path / "run" / "after").iterdir())
+    assert len(shards(tmp_path / "run", "baseline")) == 4
+    assert not shards(tmp_path / "run", "tuned")
     resumed = run(settings)
-    assert batches == 7 + 5  # only the second model's
+    assert batches == 14 + 10  # only the second model's
 
-    monkeypatch.setattr(compare, "draw", draw)
-    assert run(whole).metrics == resumed.metrics
-    uids = [
-        [row["uid"] for row in read_rows(tmp_path / name, ["uid"], "images-*.parquet")] for name in ("run", "whole")
-    ]
-    assert uids[0] == uids[1] and len(uids[0]) == 2 * 2 * PROMPTS
+    monkeypatch.setattr(drawing, "draw", draw)
+    assert run(whole).results == resumed.results
+    for name in ("baseline", "tuned"):
+        rows = [list(map(uids, shards(tmp_path / folder, name))) for folder in ("run", "whole")]
+        assert rows[0] == rows[1] and sum(map(len, rows[0])) == 2 * PROMPTS
 
     page = (tmp_path / "run" / "report.html").read_bytes()
-    monkeypatch.setattr(compare, "draw", None)
+    monkeypatch.setattr(drawing, "draw", None)
     monkeypatch.setattr("diffusion_dpo.scoring.Judge", None)
     assert run(settings) == resumed
     assert (tmp_path / "run" / "report.html").read_bytes() == page
 
 
-def test_a_new_scorer_reuses_the_images(
-    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def shards(folder: Path, model: str) -> list[Path]:
+    return sorted((folder / "images").glob(f"{model}-*/images-*.parquet"))
+
+
+def uids(shard: Path) -> list[str]:
+    return [row["uid"] for row in read_rows(shard, ["uid"])]
+
+
+def test_what_is_added_is_drawn_and_nothing_else(
+    models: tuple[Path, Path], tmp_path: Path, drawn: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(config(*models, tmp_path))
-    monkeypatch.setattr(compare, "draw", None)
-    report = run(config(*models, tmp_path, scorers=["brightness", "pocket_scene"]))
-    assert [metric.name for metric in report.metrics] == ["brightness", "pocket_scene", "pocket_scene_all"]
+    first = run(config(*models, tmp_path, seeds_per_prompt=1))
+    assert drawn == [4, 4]
+    two_seeds = run(config(*models, tmp_path))
+    assert drawn[2:] == [4, 4]  # the second seed of both
+    third = {"tuned": {"pretrained": str(models[1])}, "same": {"pretrained": str(models[0])}}
+    report = run(config(*models, tmp_path, models=third, scorers=["brightness", "pocket_scene"]))
+    assert drawn[4:] == [4, 4]  # the third model
+    assert report.of("tuned")[0] == two_seeds.of("tuned")[0] and first.seeds_per_prompt == 1
+    assert [model.name for model in report.models] == ["tuned", "same"]
+    assert result_of(report, "brightness", "same").ties == 8
     assert report.prompt_set == "held-out prompts"
+    monkeypatch.setattr(drawing, "draw", None)
+    assert run(config(*models, tmp_path, seeds_per_prompt=1)).results == first.results
+
+
+def test_a_folder_of_another_comparison_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    run(config(*models, tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    for changes in ({"seed": 1}, {"num_prompts": 3}, {"sampling": {"num_inference_steps": 2, "resolution_px": 32}}):
+        with pytest.raises(ConfigError, match="belongs to another run"):
+            compare.run(config(*models, tmp_path, **changes))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.json")} == before
+
+
+def test_the_pairs_of_a_comparison_can_be_read_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    assert not is_comparison(tmp_path)
+    with pytest.raises(ConfigError, match="not a finished comparison"):
+        list(read_comparison(tmp_path))
+    settings = config(*models, tmp_path, models={"a": {}, "b": {"pretrained": str(models[1])}})
+    run(settings)
+    assert is_comparison(tmp_path)
+    pairs = list(read_comparison(tmp_path))
+    assert [(pair.model, pair.index) for pair in pairs] == [(m, i) for m in "ab" for i in (0, 1) for _ in range(4)]
+    assert all((pair.baseline.uid == pair.other.uid) == (pair.model == "a") for pair in pairs)
+    assert all(pair.baseline.seed == pair.other.seed and pair.baseline.data for pair in pairs)
+    assert len({pair.prompt_id for pair in pairs}) == 4 and pairs[0].prompt == pairs[4].prompt
 
 
 def test_prompts_that_were_trained_on_are_counted(
@@ -129,27 +187,31 @@ def test_prompts_that_were_trained_on_are_counted(
     shutil.copytree(models[1] / "unet", trained / "unet")
     seen = prompts.read_text(encoding="utf-8").splitlines()[:3]
     write_json(trained / "manifest.json", {"made_by": "train", "prompt_hashes": [prompt_hash(text) for text in seen]})
-    after = {"pretrained": str(models[0]), "adapter_path": str(trained)}
-    report = run(config(*models, tmp_path / "run", prompts_path=str(prompts), after=after))
-    assert (report.num_prompts_trained_on, report.num_prompts, report.prompt_set) == (3, 4, "prompts")
+    tuned = {"tuned": {"adapter_path": str(trained)}}
+    report = run(config(*models, tmp_path / "run", prompts_path=str(prompts), models=tuned))
+    assert (report.models[0].num_prompts_trained_on, report.num_prompts, report.prompt_set) == (3, 4, "prompts")
     assert "3 of 4 prompts were in the training pairs" in " ".join(capsys.readouterr().out.split())
-    assert run(config(*models, tmp_path / "new", after=after)).num_prompts_trained_on == 0
+    assert run(config(*models, tmp_path / "new", models=tuned)).models[0].num_prompts_trained_on == 0
 
 
 def test_images_that_cannot_be_scored_are_counted_and_left_out(models: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("a red circle on a blue background\nno scene\n", encoding="utf-8")
     report = run(config(*models, tmp_path / "run", prompts_path=str(path), scorers=["pocket_scene"]))
-    assert (report.metrics[0].num_prompts, report.metrics[0].num_missing) == (1, 2)
-    assert report.metrics[0].mean_difference_interval is None
+    result = result_of(report, "pocket_scene")
+    assert (result.num_prompts, result.num_missing) == (1, 2)
+    assert result.mean_difference_interval is None and result.p_value is None
 
 
-def test_other_weights_at_the_same_path_are_another_comparison(models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_other_weights_at_the_same_path_are_drawn_anew(
+    models: tuple[Path, Path], tmp_path: Path, drawn: list[int]
+) -> None:
     model = make_stable_diffusion(tmp_path / "model", seed=3)
-    run(config(models[0], model, tmp_path / "run"))
+    first = run(config(models[0], model, tmp_path / "run"))
     make_stable_diffusion(tmp_path / "model", seed=4)
-    with pytest.raises(ConfigError, match="belongs to another run"):
-        compare.run(config(models[0], model, tmp_path / "run"))
+    second = run(config(models[0], model, tmp_path / "run"))
+    assert len(drawn) == 4 + 2
+    assert second.results != first.results and second.models[0].weights != first.models[0].weights
 
 
 def test_roles_come_from_the_training_run(tmp_path: Path) -> None:
@@ -165,14 +227,17 @@ def test_roles_come_from_the_training_run(tmp_path: Path) -> None:
 def test_a_scorer_that_labelled_makes_all_of_its_metrics_trained_on(models: tuple[Path, Path], tmp_path: Path) -> None:
     scorers = ["brightness", "pocket_scene"]
     report = run(config(*models, tmp_path, scorers=scorers, trained_on=["pocket_scene"]))
-    assert [metric.role for metric in report.metrics] == ["held_out", "trained_on", "trained_on"]
+    roles = [result_of(report, name).role for name in ("brightness", "pocket_scene", "pocket_scene_all")]
+    assert roles == ["held_out", "trained_on", "trained_on"]
 
 
 @pytest.mark.parametrize(
     "changes,message",
     [
         ({"trained_on": ["brigthness"]}, "trained_on names 'brigthness'"),
-        ({"after": {"adapter_path": "nowhere"}}, "adapter_path nowhere does not exist"),
+        ({"models": {"tuned": {"adapter_path": "nowhere"}}}, r"models\.tuned: .* nowhere does not exist.*; train one"),
+        ({"diversity": "brightness"}, "diversity=brightness: a judge is needed that compares the images of a prompt"),
+        ({"distance": "brightness"}, "distance=brightness: a judge is needed"),
         ({"prompts_path": None}, "give prompts_path"),
         ({"prompts_path": "nowhere.txt"}, "there is no file nowhere.txt"),
     ],

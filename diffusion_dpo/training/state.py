@@ -6,10 +6,12 @@ Order, noise, timesteps and dropout are functions of the step and need not be ke
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from diffusion_dpo import checkpoint
-from diffusion_dpo.config import ConfigError
+from diffusion_dpo import card, checkpoint
+from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.models import DiffusionModel
+from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import Run
 from diffusion_dpo.training.averaging import RunningAverage
 from diffusion_dpo.training.health import Health
@@ -89,6 +91,34 @@ def resume(run: Run, folder: Path) -> int:
     run.health = Health.from_json(found.state["health"])
     run.kl = found.state["kl"]
     return found.step
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, `<run>/checkpoints/step-...`."""
+    return folder.parent.name == "checkpoints" and folder.name.startswith("step-") and folder.is_dir()
+
+
+def run_of(folder: Path) -> Path:
+    """Return the run folder that a checkpoint is in."""
+    return folder.parent.parent
+
+
+def save_result(folder: Path, output_dir: Path) -> Path:
+    """Write the adapter or UNet that training would have ended with at a checkpoint; return its folder.
+
+    The run's config.yaml says what the weights belong to. Raises ConfigError when it or the checkpoint is damaged.
+    """
+    import torch
+
+    config = load(TrainConfig, run_of(folder) / "config.yaml")
+    found = checkpoint.load(folder)
+    values = found.parts.get("ema") or found.parts["trained"]
+    model = cast(DiffusionModel, config.model).load(device=torch.device("cpu"), dtype=torch.float32, seed=config.seed)
+    with torch.no_grad():
+        for name, parameter in model.trainable().items():
+            put(parameter, values[name])
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return card.save_model(model, output_dir)
 
 
 def _collected(run: Run, tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
