@@ -116,7 +116,7 @@ def _add_verb(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb not in ("inspect", "train"):
+    if _verb not in ("inspect", "train", "compare"):
         _add_verb(_verb)
 
 
@@ -134,6 +134,22 @@ def _train(
         raise ConfigError("--find-beta and --dry-run are two different things; give one of them")
     path, overrides = _split(arguments or [])
     _run("dry_run" if dry_run else "find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
+
+
+@app.command("compare", help=VERBS["compare"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _compare(
+    arguments: _Arguments = None,
+    power: Annotated[
+        float | None,
+        typer.Option("--power", help="Print how many prompts would show this win rate, e.g. 0.6; draws nothing."),
+    ] = None,
+) -> None:
+    path, overrides = _split(arguments or [])
+    config = load(VERBS["compare"], path, overrides)
+    if power is None:
+        _run("compare", config)
+    else:
+        _run("power", config, power)
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
@@ -178,11 +194,11 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _run(verb: str, config: Config) -> None:
+def _run(verb: str, config: Config, *arguments: float) -> None:
     """Import a verb, which is what takes seconds, and run it. What the system refuses becomes a ConfigError."""
-    run: Callable[[Config], object] = importlib.import_module(f"diffusion_dpo.{verb}").run
+    run: Callable[..., object] = importlib.import_module(f"diffusion_dpo.{verb}").run
     try:
-        run(config)
+        run(config, *arguments)
     except ConfigError:
         raise
     except Exception as error:

@@ -28,7 +28,7 @@ from diffusion_dpo.pocket.world import is_held_out, parse_caption
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE, Gallery, MetricScores, ModelFacts, Pair, Report, Sign, signs, words
 from diffusion_dpo.report.html import write_report
-from diffusion_dpo.report.statistics import METHODS, outcomes_of, prompts_needed, summarise_all
+from diffusion_dpo.report.statistics import METHODS, prompts_needed, summarise_all
 from diffusion_dpo.sampling import image_seed
 from diffusion_dpo.settings import CompareConfig
 
@@ -148,12 +148,11 @@ def _report(
             "versions": json.loads((config.output_dir / "environment.json").read_text(encoding="utf-8")),
         },
     )
-    head = words.headline(report)
-    outcomes = outcomes_of(next(metric for metric in scores if metric.name == head.name), head.model)
+    spread = words.headline(report).win_rate_std
     return report.model_copy(
         update={
             "signs": tuple(_signs(config, report, lineup, wall, scores, distances)),
-            "prompts_needed": {f"{rate:g}": prompts_needed(rate, outcomes) for rate in WIN_RATES},
+            "prompts_needed": {f"{rate:g}": prompts_needed(rate, spread) for rate in WIN_RATES},
         }
     )
 

@@ -72,6 +72,8 @@ class MetricResult(Config):
     """Share of pairs won by the model, ties as one half; averaged within each prompt, then over prompts."""
     win_rate_interval: Interval | None
     """95 % interval of the win rate, [low, high]."""
+    win_rate_std: float | None = Field(ge=0)
+    """Standard deviation over prompts of a prompt's win rate; null with fewer than two prompts."""
     wins: int = Field(ge=0)
     """Pairs in which the model's image has the better score."""
     ties: int = Field(ge=0)

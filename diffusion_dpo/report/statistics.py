@@ -69,6 +69,7 @@ def paired_statistics(
     scored = np.isfinite(differences)
     outcomes = np.sign(differences) * (1 if higher_is_better else -1)
     per_prompt = _known(prompt_means(differences))
+    win_rates = 0.5 + 0.5 * prompt_means(outcomes)
     return MetricResult(
         name=name,
         model=model,
@@ -85,7 +86,8 @@ def paired_statistics(
         mean_difference_interval=mean_interval(per_prompt),
         median_difference=float(np.median(per_prompt)) if per_prompt.size else None,
         difference_std=float(per_prompt.std(ddof=1)) if per_prompt.size > 1 else None,
-        win_rate=_mean(0.5 + 0.5 * prompt_means(outcomes)),
+        win_rate=_mean(win_rates),
+        win_rate_std=float(known.std(ddof=1)) if (known := _known(win_rates)).size > 1 else None,
         win_rate_interval=win_rate_interval(outcomes),
         wins=int((outcomes > 0).sum()),
         ties=int((outcomes == 0).sum()),
@@ -154,31 +156,24 @@ def wilcoxon_p(per_prompt: np.ndarray) -> float | None:
     return float(stats.wilcoxon(changed).pvalue) if changed.size else 1.0
 
 
-def prompts_needed(win_rate: float, outcomes: np.ndarray | None = None) -> int:
+def prompts_needed(win_rate: float, spread: float | None = None) -> int:
     """Return how many prompts would show a win rate other than one half, with a probability of 80 % (POWER).
 
-    `outcomes` of an earlier comparison, (num_prompts, seeds) of 1, 0 and -1 or NaN, say how far prompts differ;
-    without them, one seed a prompt and no ties are assumed, which needs most. Never fewer than 20 (FEWEST_PROMPTS).
-    Raises ValueError unless win_rate is in (0, 1) and not one half.
+    `spread` is the `win_rate_std` of an earlier comparison; without it, one seed a prompt and no ties are assumed,
+    which needs most. Never fewer than 20 (FEWEST_PROMPTS). Raises ValueError unless win_rate is in (0, 1) and not one
+    half.
     """
     if not 0 < win_rate < 1 or win_rate == 0.5:
         raise ValueError(f"a win rate must lie between 0 and 1, and not be one half: {win_rate:g}")
-    known = _known(prompt_means(outcomes)) / 2 if outcomes is not None else np.array([])
     binomial = math.sqrt(win_rate * (1 - win_rate))
-    spread = float(known.std(ddof=1)) if known.size > 1 and known.std() > 0 else binomial
     # Wilson's interval excludes one half where a test with the variance under one half rejects it
     z = float(stats.norm.ppf(0.5 + CONFIDENCE / 2)) * 0.5 / binomial + float(stats.norm.ppf(POWER))
-    return max(FEWEST_PROMPTS, math.ceil((z * spread / (win_rate - 0.5)) ** 2))
+    return max(FEWEST_PROMPTS, math.ceil((z * (spread or binomial) / (win_rate - 0.5)) ** 2))
 
 
 def pair_differences(metric: MetricScores, model: str) -> np.ndarray:
     """Return model minus baseline of shape (num_prompts, seeds), NaN where either score is missing."""
     return metric.values[model] - metric.values[BASELINE]
-
-
-def outcomes_of(metric: MetricScores, model: str) -> np.ndarray:
-    """Return (num_prompts, seeds) of 1 where the model won, 0 tied, -1 lost, NaN where a score is missing."""
-    return np.sign(pair_differences(metric, model)) * (1 if metric.higher_is_better else -1)
 
 
 def prompt_means(values: np.ndarray) -> np.ndarray:

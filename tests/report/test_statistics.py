@@ -216,7 +216,8 @@ def test_as_many_prompts_as_are_said_to_be_needed_show_it_four_times_in_five(win
         lean = np.clip(win_rate + 0.15 * rng.normal(size=(prompts, 1)), 0, 1)
         return np.where(rng.random((prompts, 2)) < lean, 1.0, -1.0)
 
-    needed = prompts_needed(win_rate, outcomes(2000))
+    many = outcomes(2000)
+    needed = prompts_needed(win_rate, paired_statistics(np.zeros_like(many), many).win_rate_std)
     intervals = [win_rate_interval(outcomes(needed)) for _ in range(300)]
     assert 0.7 <= np.mean([low > 0.5 or high < 0.5 for low, high in intervals]) <= 0.88
     assert prompts_needed(win_rate) > needed and prompts_needed(0.9) == 20
