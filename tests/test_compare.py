@@ -1,17 +1,19 @@
 """`compare` on tiny pipelines: with itself, swapped, added to, interrupted, and what training says of its pairs."""
 
 import json
+import os
 import shutil
+import subprocess
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from diffusion_dpo import compare
+from diffusion_dpo import compare, train
 from diffusion_dpo.comparing import drawing
 from diffusion_dpo.comparing.lineup import trained_on_metrics
-from diffusion_dpo.config import ConfigError, validate
+from diffusion_dpo.config import ConfigError, dump, validate
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
@@ -20,6 +22,8 @@ from diffusion_dpo.pocket.world import distinct_scenes
 from diffusion_dpo.report import MetricResult, Report
 from diffusion_dpo.settings import CompareConfig
 from tests.fakes import make_stable_diffusion
+from tests.runs import make_config
+from tests.test_processes import ACCELERATE
 
 PROMPTS = 34
 
@@ -154,6 +158,65 @@ def test_what_is_added_is_drawn_and_nothing_else(
     assert report.prompt_set == "held-out prompts"
     monkeypatch.setattr(drawing, "draw", None)
     assert run(config(*models, tmp_path, seeds_per_prompt=1)).results == first.results
+
+
+def test_checkpoints_of_a_run_at_several_strengths(
+    models: tuple[Path, Path], tiny_pairs: Path, tmp_path: Path, drawn: list[int]
+) -> None:
+    """The last checkpoint is the adapter that training ended with; at strength 0 it is the baseline."""
+    overrides = ["checkpointing_steps=1", "max_steps=2", "evaluation.share=0.3", "evaluation.every_steps=1"]
+    train.run(make_config(models[0], tiny_pairs, tmp_path / "lora", "ema_decay=0.5", *overrides))
+    train.run(
+        make_config(models[0], tiny_pairs, tmp_path / "full", "model.lora=null", *overrides)
+    )
+    drawn.clear()
+    steps = {
+        f"{name}{step}": {"adapter_path": str(tmp_path / name / "checkpoints" / f"step-{step:08d}")}
+        for name in ("lora", "full")
+        for step in (1, 2)
+    }
+    ends = {f"{name}_end": {"adapter_path": str(tmp_path / name)} for name in ("lora", "full")}
+    report = run(config(*models, tmp_path / "compare", models=steps | ends))
+    images = {name: [uid for it in shards(tmp_path / "compare", name) for uid in uids(it)] for name in steps | ends}
+    for name in ("lora", "full"):
+        assert images[f"{name}2"] == images[f"{name}_end"] != images[f"{name}1"]
+    signs = {(sign.model, sign.name): sign for sign in report.signs}
+    lines = [json.loads(line) for line in (tmp_path / "lora" / "metrics.jsonl").read_text().splitlines()]
+    for step in (1, 2):
+        assert signs[f"lora{step}", "implicit_accuracy"].value == lines[step - 1]["eval/accuracy"]
+
+    drawn.clear()
+    tuned = {"tuned": {"adapter_path": str(tmp_path / "lora")}}
+    report = run(config(*models, tmp_path / "compare", models=tuned, adapter_scales=[0, 1], distance="clip_image"))
+    assert [model.name for model in report.models] == ["tuned@0", "tuned@1"]
+    signs = {(sign.model, sign.name): sign for sign in report.signs}
+    assert "does nothing" in signs["tuned@0", "distance"].sentence
+    assert not signs["tuned@1", "distance"].warns and signs["tuned@1", "distance"].value
+    damaged = tmp_path / "lora" / "checkpoints" / "step-00000001"
+    (damaged / "ema.safetensors").write_bytes(b"")
+    shutil.rmtree(tmp_path / "compare" / "adapters")
+    with pytest.raises(ConfigError, match=r"checkpoint .* is damaged"):
+        compare.run(config(*models, tmp_path / "compare", models={"first": {"adapter_path": str(damaged)}}))
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_judge_as_one(models: tuple[Path, Path], prompts: Path, tmp_path: Path) -> None:
+    changes = {"prompts_path": str(prompts), "num_prompts": PROMPTS, "scorers": ["brightness", "clip"]}
+    one = config(*models, tmp_path / "one", **changes)
+    two = config(*models, tmp_path / "two", **changes)
+    alone = run(one)
+    path = tmp_path / "two.yaml"
+    path.write_text(dump(two))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*ACCELERATE, "diffusion_dpo", "compare", str(path)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    together = Report.model_validate_json((tmp_path / "two" / "report.json").read_text("utf-8"))
+    assert together.results == alone.results and together.signs == alone.signs
+    for name in ("baseline", "tuned"):
+        assert list(map(uids, shards(tmp_path / "one", name))) == list(map(uids, shards(tmp_path / "two", name)))
 
 
 def test_a_folder_of_another_comparison_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
