@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from diffusion_dpo.losses import PairLoss as PairLoss
     from diffusion_dpo.models import DiffusionModel as DiffusionModel
     from diffusion_dpo.models import LoadedModel as LoadedModel
+    from diffusion_dpo.report.statistics import paired_statistics as paired_statistics
     from diffusion_dpo.scorers import Metric as Metric
     from diffusion_dpo.scorers import Scorer as Scorer
     from diffusion_dpo.scorers import ScoreRequest as ScoreRequest
@@ -43,6 +44,7 @@ _NAMES = {
     "data": ("Dropped", "PairSource", "PreferencePair"),
     "losses": ("ImageErrors", "ImageLoss", "ListLoss", "Loss", "PairErrors", "PairLoss"),
     "models": ("DiffusionModel", "LoadedModel"),
+    "report.statistics": ("paired_statistics",),
     "scorers": ("Metric", "ScoreRequest", "Scorer", "Scores"),
     "settings": ("CompareConfig", "GenerateConfig", "InspectConfig", "PairConfig", "ScoreConfig", "TrainConfig"),
     "strategies": ("Pick", "ScoreTable", "Strategy"),
