@@ -33,7 +33,7 @@ class CompareConfig(Config):
     """How all models draw."""
     scorers: list[plugin("scorers")] = ["clip"]  # type: ignore[valid-type]
     """The judges."""
-    diversity: plugin("scorers") | None = None  # type: ignore[valid-type]
+    diversity: plugin("scorers") | None = "clip_diversity"  # type: ignore[valid-type]
     """The judge of how different the images of a prompt are from each other: clip_diversity, or diversity (LPIPS);
     null leaves it out."""
     distance: plugin("scorers") | None = "clip_image"  # type: ignore[valid-type]
