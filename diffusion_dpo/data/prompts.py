@@ -37,8 +37,8 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
 
     A name of SUITES that is no file here stands for that suite, which is downloaded once. `held_out` asks for the
     pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises ConfigError for a file that is
-    missing, unreadable, without a `prompt` column, or empty, for a reference that is no image inside the file's folder,
-    and for a limit above what the pocket world has.
+    missing, unreadable, without a `prompt` column, or empty, for a reference that is no image inside the file's
+    folder, and for a limit above what the pocket world has.
     """
     if path is None:
         return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out)

@@ -1,4 +1,4 @@
-"""Suites of prompts: the files of their authors, with categories, and downloads that are what they should be or nothing."""
+"""Suites of prompts: the files of their authors, with categories; a download is what it should be, or nothing."""
 
 import hashlib
 import http.server
