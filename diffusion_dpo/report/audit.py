@@ -13,10 +13,10 @@ from pathlib import Path
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.images import decode_rgb
 from diffusion_dpo.files import atomic_path
-from diffusion_dpo.report.data_page import kept, shorten
+from diffusion_dpo.report.data_page import kept
 from diffusion_dpo.report.gallery import SMALL_PX, thumbnails
 from diffusion_dpo.report.page import asset, fill
-from diffusion_dpo.report.words import count
+from diffusion_dpo.report.words import count, shorten
 
 PAGE, KEY = "audit.html", "audit.jsonl"
 _PROMPT_CHARACTERS = 1000

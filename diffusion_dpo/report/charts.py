@@ -8,9 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from diffusion_dpo.report import MetricResult
-from diffusion_dpo.report.words import MINUS, number
+from diffusion_dpo.report.words import MINUS, number, percent, shorten
 
 FOREST_WIDTH_PX, FOREST_HEIGHT_PX = 260, 28
+CELL_WIDTH_PX = 120
+"""Of a forest plot in a cell of a table that has one in every column."""
+CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 240
 HISTOGRAM_WIDTH_PX, HISTOGRAM_HEIGHT_PX = 560, 210
 SCATTER_SIDE_PX = 260
 _PADDING_PX = 10
@@ -73,7 +76,7 @@ class Dot(NamedTuple):
 
 
 class Scatter(NamedTuple):
-    """Per-prompt means before (x) and after (y), with the same scale on both axes."""
+    """Per-prompt means of the baseline (x) and the model (y), with the same scale on both axes."""
 
     dots: list[Dot]
     x_ticks: list[Tick]
@@ -82,15 +85,70 @@ class Scatter(NamedTuple):
     high: float
 
 
-def forest(results: Sequence[MetricResult]) -> list[Whisker | None]:
+class Line(NamedTuple):
+    """A metric's win rate, model by model: a point with its interval each, None where there is none."""
+
+    name: str
+    marks: list[tuple[float, Whisker] | None]
+    """(x, the win rate and its interval as y positions)."""
+    path: str
+
+
+class Curve(NamedTuple):
+    """Win rates of several models against the baseline, one line a metric."""
+
+    lines: list[Line]
+    models: list[Tick]
+    ticks: list[Tick]
+    half: float
+
+
+def forest(results: Sequence[MetricResult], width_px: int = FOREST_WIDTH_PX) -> list[Whisker | None]:
     """Return one whisker a metric on a shared axis, zero in the middle and better to the right.
 
     Metrics have different units, so each is divided by the standard deviation of its per-prompt differences.
     """
-    rows = [_standardised(result) for result in results]
+    rows = [standardised(result) for result in results]
     limit = max([0.25, *(abs(value) for row in rows if row for value in row)])
-    scale = (FOREST_WIDTH_PX / 2 - _PADDING_PX) / limit
-    return [Whisker(*(FOREST_WIDTH_PX / 2 + scale * value for value in row)) if row else None for row in rows]
+    scale = (width_px / 2 - _PADDING_PX) / limit
+    return [Whisker(*(width_px / 2 + scale * value for value in row)) if row else None for row in rows]
+
+
+def standardised(result: MetricResult) -> tuple[float, float, float] | None:
+    """Return mean, low and high in standard deviations, better to the right; None where there is no interval."""
+    if result.mean_difference is None or result.mean_difference_interval is None or result.difference_std is None:
+        return None
+    unit = result.difference_std or abs(result.mean_difference) or 1.0
+    sign = 1 if result.higher_is_better else -1
+    low, high = sorted(sign * bound / unit for bound in result.mean_difference_interval)
+    return sign * result.mean_difference / unit, low, high
+
+
+def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> Curve:
+    """Place the win rates of metrics (one list each, a result a model); models stand in their order, evenly."""
+    left, right, top, base = 44, CURVE_WIDTH_PX - 16, 14, CURVE_HEIGHT_PX - 30
+    known = [v for rows in metrics for it in rows for v in (it.win_rate, *(it.win_rate_interval or ())) if v is not None]
+    low, high = math.floor(10 * min([0.4, *known])) / 10, math.ceil(10 * max([0.6, *known])) / 10
+    step = (right - left) / max(1, len(models))
+
+    def up(value: float) -> float:
+        return base - (value - low) / (high - low) * (base - top)
+
+    lines = []
+    for number, rows in enumerate(metrics):
+        aside = (number - (len(metrics) - 1) / 2) * min(9.0, step / (len(metrics) + 1))
+        marks: list[tuple[float, Whisker] | None] = []
+        for place, it in enumerate(rows):
+            if it.win_rate is None:
+                marks.append(None)
+                continue
+            ends = it.win_rate_interval or (it.win_rate, it.win_rate)
+            marks.append((left + (place + 0.5) * step + aside, Whisker(*map(up, (it.win_rate, *ends)))))
+        points = [f"{x:.1f} {mark.mean:.1f}" for x, mark in filter(None, marks)]
+        lines.append(Line(rows[0].name, marks, f"M {' L '.join(points)}" if points else ""))
+    every = -(-len(models) // 8)
+    names = [Tick(left + (i + 0.5) * step, shorten(name, 14)) for i, name in enumerate(models) if i % every == 0]
+    return Curve(lines, names, [Tick(up(it), percent(it)) for it in _nice_ticks(low, high, 4)], up(0.5))
 
 
 def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) -> Histogram:
@@ -169,7 +227,7 @@ def chance(value: float, interval: tuple[float, float] | None) -> Whisker:
 
 
 def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places: int | None) -> Scatter:
-    """Place every prompt with both means; prompts that fall on one spot become one larger dot."""
+    """Place every prompt with both means, of the baseline and of the model; prompts that fall on one spot become one larger dot."""
     both = np.isfinite(before) & np.isfinite(after)
     before, after = before[both], after[both]
     low = float(min(before.min(initial=math.inf), after.min(initial=math.inf)))
@@ -197,16 +255,6 @@ def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places:
     ]
     ticks = [Tick(place(value), number(value, places)) for value in _nice_ticks(low, high, 4)]
     return Scatter(dots, ticks, [Tick(SCATTER_SIDE_PX - tick.at, tick.label) for tick in ticks], start, end)
-
-
-def _standardised(result: MetricResult) -> tuple[float, float, float] | None:
-    """Mean, low and high in standard deviations, better to the right; None where there is no interval."""
-    if result.mean_difference is None or result.mean_difference_interval is None or result.difference_std is None:
-        return None
-    unit = result.difference_std or abs(result.mean_difference) or 1.0
-    sign = 1 if result.higher_is_better else -1
-    low, high = sorted(sign * bound / unit for bound in result.mean_difference_interval)
-    return sign * result.mean_difference / unit, low, high
 
 
 def _kind(difference: float, result: MetricResult, tolerance: float = 0.0) -> str:

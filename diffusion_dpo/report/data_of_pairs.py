@@ -40,12 +40,11 @@ from diffusion_dpo.report.data_page import (
     drop_rows,
     kept,
     score_text,
-    shorten,
     sizes,
     spread,
     spread_evenly,
 )
-from diffusion_dpo.report.words import count, percent
+from diffusion_dpo.report.words import count, percent, shorten
 
 _SIDES = ("chosen", "rejected")
 _FACE_AREA = "face_area"

@@ -20,7 +20,7 @@ from diffusion_dpo.report.agreement import Tau
 from diffusion_dpo.report.confounds import LOUD_ABOVE, METHOD, Predictor
 from diffusion_dpo.report.gallery import SMALL_PX, thumbnails
 from diffusion_dpo.report.page import asset, fill
-from diffusion_dpo.report.words import clean, count, percent
+from diffusion_dpo.report.words import clean, count, percent, shorten
 
 KEPT_SIDE_PX = 768
 """Images that are to be shown are kept at most this large."""
@@ -158,13 +158,6 @@ def sizes(sizes_px: Iterable[tuple[int, int]]) -> str:
 def score_text(scores: dict[str, float]) -> str:
     """Return `clip 0.31  lpips 0.2`."""
     return BETWEEN.join(f"{name} {value:.3g}" for name, value in scores.items())
-
-
-def shorten(text: str, characters: int = 400) -> str:
-    """Return the start of a text, on one line, such as UTF-8 and HTML can hold."""
-    flat = " ".join(text[: 4 * characters].split())
-    is_whole = len(flat) <= characters and len(text) <= 4 * characters
-    return clean(flat if is_whole else flat[:characters].rstrip() + "…")
 
 
 def spread_evenly(items: Sequence[T], amount: int) -> list[T]:

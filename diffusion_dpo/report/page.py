@@ -11,14 +11,17 @@ from markupsafe import Markup
 from diffusion_dpo.report import words
 
 
-def fill(template: str, *, style: str, script: str = "", **values: Any) -> str:
+def fill(template: str, *, style: str, script: str = "", images: str = "data:", **values: Any) -> str:
     """Return a page: a template of this folder, filled; `style` and `script` are texts of ours, and stay raw.
 
     The template finds them, and a content security policy that allows nothing else, as `style`, `script` and `policy`.
+    `images` says where images may come from: `data:`, or `'self'`, files beside the page, which Chromium and Firefox
+    hold to be the same origin when a page is opened from disk.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"clean": words.clean, "percent": words.percent}
-    ours = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script), "words": words}
+    environment.filters |= {"clean": words.clean, "percent": words.percent, "shorten": words.shorten}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "separators": (",", ":")}
+    ours = {"style": Markup(style), "script": Markup(script), "policy": _policy(style, script, images), "words": words}
     return environment.from_string(asset(template)).render(**ours, **values)
 
 
@@ -27,13 +30,13 @@ def asset(name: str) -> str:
     return resources.files("diffusion_dpo.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, script: str) -> str:
-    """The content security policy: our own style and script by their hash, images from data URIs, nothing else."""
+def _policy(style: str, script: str, images: str) -> str:
+    """The content security policy: our own style and script by their hash, images from where they are, nothing else."""
     rules = [
         "default-src 'none'",
         f"script-src '{_sha256(script)}'" if script else "script-src 'none'",
         f"style-src '{_sha256(style)}'",
-        "img-src data:",
+        f"img-src {images}",
         "base-uri 'none'",
         "form-action 'none'",
     ]

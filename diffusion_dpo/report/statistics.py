@@ -18,12 +18,11 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from diffusion_dpo.report import BASELINE, Interval, MetricResult, MetricScores, Role
+from diffusion_dpo.report.words import FEWEST_PROMPTS
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 9999
 POWER = 0.8
-FEWEST_PROMPTS = 20
-"""Below so many, intervals come out too narrow."""
 METHODS = {
     "unit": "the prompt: values are averaged over the seeds of a prompt first, then over prompts",
     "mean_difference_interval": f"95 % percentile bootstrap over prompts, {NUM_RESAMPLES} resamples, fixed seed",

@@ -2,12 +2,16 @@
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
-from diffusion_dpo.report import Interval, MetricResult, Report
+from diffusion_dpo.report import Interval, MetricResult, ModelFacts, Report
 
 MINUS = "\u2212"
 NBSP = "\u00a0"
 _KEPT_CONTROLS = "\n\t"
+SIGNIFICANT = 0.05
+FEWEST_PROMPTS = 20
+"""Below so many, intervals come out too narrow."""
 
 
 def decimals(interval: Interval | None, values: tuple[float, ...]) -> int | None:
@@ -45,9 +49,9 @@ def percent(value: float | None) -> str:
 
 def places_of(result: MetricResult) -> int | None:
     """Return the decimals for all numbers of a metric."""
-    if result.mean_before is None or result.mean_after is None:
+    if result.mean_baseline is None or result.mean is None:
         return 2
-    return decimals(result.mean_difference_interval, (result.mean_before, result.mean_after))
+    return decimals(result.mean_difference_interval, (result.mean_baseline, result.mean))
 
 
 def interval(result: MetricResult) -> str:
@@ -78,12 +82,12 @@ def verdict(result: MetricResult) -> str:
 def lead(result: MetricResult) -> str:
     """Return the result as a clause, `clip rose from 0.71 to 0.79`; it claims a change only where there is one."""
     places = places_of(result)
-    before, after = number(result.mean_before, places), number(result.mean_after, places)
+    before, after = number(result.mean_baseline, places), number(result.mean, places)
     if result.num_pairs == 0:
         return f"no pair could be scored with {result.name}"
     outcome = verdict(result)
     if outcome == "same":
-        return f"{result.name} is the same before and after, {before}"
+        return f"{result.name} is the same for both, {before}"
     if result.mean_difference_interval is None:
         return f"{result.name} went from {before} to {after}"
     if outcome == "unclear":
@@ -112,7 +116,13 @@ def detail(result: MetricResult) -> str:
 
 def sentence(report: Report, result: MetricResult) -> str:
     """Return the whole result of one metric in one sentence."""
-    return f"On {count(report.num_prompts, report.prompt_set)}, {lead(result)} ({detail(result)})."
+    return f"{claim(report, result)} ({detail(result)})."
+
+
+def claim(report: Report, result: MetricResult) -> str:
+    """Return the result without its interval: `On 64 prompts, clip rose from 0.71 to 0.79`, and which model's it is."""
+    among = f" with {result.model}" if len(report.models) > 1 else ""
+    return f"On {count(report.num_prompts, report.prompt_set)}{among}, {lead(result)}"
 
 
 def count(amount: int, plural: str) -> str:
@@ -120,47 +130,107 @@ def count(amount: int, plural: str) -> str:
     return f"{amount:,} {plural[:-1] if amount == 1 and plural.endswith('s') else plural}"
 
 
-def headline(report: Report) -> MetricResult:
-    """Return the metric that heads the report: a main one, and held out where there is such a one."""
-    return min(report.metrics, key=rank)
+def listed(names: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def rank(result: MetricResult) -> tuple[bool, bool]:
-    """Return the place of a metric on the page: main before auxiliary, held-out before trained-on."""
-    return result.auxiliary, result.role == "trained_on"
+def p_text(value: float | None) -> str:
+    """Format a p-value: `0.031`, `< 0.001`; a dash for a missing one."""
+    if value is None:
+        return "\u2013"
+    return f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-def cautions(report: Report) -> list[str]:
-    """Return what a careful reader should be told, each in one sentence."""
+def headline(report: Report, model: str | None = None) -> MetricResult:
+    """Return the metric that heads a model, the first one by default: a main one, and held out if there is one."""
+    return min(report.of(model or report.models[0].name), key=rank)
+
+
+def rank(result: MetricResult) -> tuple[bool, int]:
+    """Return the place of a metric on the page: main before auxiliary, held out and people's votes before the rest."""
+    return result.auxiliary, {"held_out": 0, "human": 0, "related": 1, "trained_on": 2}[result.role]
+
+
+def cautions(report: Report, model: str | None = None) -> list[str]:
+    """Return what a careful reader should be told of one model, of all by default, each in one sentence."""
     notes = []
-    main = [result for result in report.metrics if not result.auxiliary]
-    trained = [result for result in main if result.role == "trained_on" and verdict(result) == "better"]
-    held_out = [result for result in main if result.role == "held_out"]
-    if trained and held_out and not any(verdict(result) == "better" for result in held_out):
-        notes.append(
-            f"{trained[0].name} labelled the training pairs and rose, yet no held-out metric did: the model may have "
-            "learnt to please the judge rather than to draw better."
-        )
-    if main and not held_out:
-        notes.append("Every metric labelled the training pairs; none is held out, so a rise here proves little.")
-    if report.num_prompts_trained_on:
-        notes.append(
-            f"{report.num_prompts_trained_on} of {count(report.num_prompts, 'prompts')} were in the training pairs: "
-            "what is gained on them may not hold for others."
-        )
-    if report.num_prompts < 20:
+    for facts in report.models:
+        if model in (None, facts.name):
+            about = f"{facts.name}: " if model is None and len(report.models) > 1 else ""
+            notes += [about + note if about else capital(report, note) for note in _cautions_of(report, facts)]
+    if report.num_prompts < FEWEST_PROMPTS:
         notes.append(
             f"With {count(report.num_prompts, 'prompts')}, intervals come out too narrow; 64 or more are better."
         )
-    if len(main) > 2:
-        notes.append(f"{len(main)} metrics were tested: by chance alone one in twenty intervals excludes zero.")
+    return notes
+
+
+def _cautions_of(report: Report, facts: ModelFacts) -> list[str]:
+    notes = [f"{sign.sentence}." for sign in report.signs if sign.warns and sign.model == facts.name]
+    results = report.of(facts.name)
+    main = [result for result in results if not result.auxiliary]
+    if main and not any(result.role in ("held_out", "human") for result in main):
+        notes.append("no metric is held out from the training pairs, so a rise here proves little.")
+    if facts.num_prompts_trained_on:
+        notes.append(
+            f"{facts.num_prompts_trained_on:,} of {count(report.num_prompts, 'prompts')} were in the training pairs: "
+            "what is gained on them may not hold for others."
+        )
+    lost = [it.name for it in main if verdict(it) in ("better", "worse") and not survives(it)]
+    if lost:
+        notes.append(
+            f"{listed(lost)} changed by the interval, but not after Holm's correction for "
+            f"{count(sum(it.p_holm is not None for it in main), 'metrics')}: it may be chance."
+        )
     notes += [
-        f"{result.name}: {count(result.num_missing, 'pairs')} of {result.num_pairs + result.num_missing} could not be "
-        "scored and are left out."
-        for result in report.metrics
+        f"{result.name}: {count(result.num_missing, 'pairs')} of {result.num_pairs + result.num_missing:,} could not "
+        "be scored, and took no part."
+        for result in results
         if result.num_missing
     ]
     return notes
+
+
+def survives(result: MetricResult) -> bool:
+    """Return whether a change holds after Holm's correction; true where nothing was corrected."""
+    return result.p_holm is None or result.p_holm < SIGNIFICANT
+
+
+def corrected(results: Sequence[MetricResult]) -> str:
+    """Return which main metrics of a model changed after Holm's correction; empty where only one was tested."""
+    tested = [result for result in results if result.p_holm is not None]
+    if len(tested) < 2:
+        return ""
+    changed = [result.name for result in tested if survives(result)]
+    found = f"{listed(changed)} changed" if changed else "none changed"
+    return f"After Holm\u2019s correction for {len(tested)} metrics, {found} at a level of 5{NBSP}%."
+
+
+def power(report: Report) -> str:
+    """Return how many prompts it takes to show a win rate, in one sentence; empty where that is not known."""
+    needed = [
+        f"{percent(float(rate))} takes {count(amount, 'prompts')}" for rate, amount in report.prompts_needed.items()
+    ]
+    if not needed:
+        return ""
+    return (
+        f"To be shown in four comparisons of five, a win rate of {listed(needed)}, judged by "
+        f"{headline(report).name}; this comparison has {report.num_prompts:,}."
+    )
+
+
+def capital(report: Report, text: str) -> str:
+    """Return a sentence with its first letter as a capital, unless it begins with the name of a metric."""
+    begins_with_name = text.split(maxsplit=1)[0].rstrip(",:") in {result.name for result in report.results}
+    return text if begins_with_name else text[0].upper() + text[1:]
+
+
+def shorten(text: str, characters: int = 400) -> str:
+    """Return the start of a text, on one line, such as UTF-8 and HTML can hold."""
+    flat = " ".join(text[: 4 * characters].split())
+    is_whole = len(flat) <= characters and len(text) <= 4 * characters
+    return clean(flat if is_whole else flat[:characters].rstrip() + "\u2026")
 
 
 def clean(text: str) -> str:
