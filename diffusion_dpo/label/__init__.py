@@ -75,6 +75,7 @@ def _listen(config: LabelConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen()  # whoever opens the address at once is kept waiting, not turned away
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -6,6 +6,7 @@ camera or a program wrote into it says where it came from. items.jsonl, which ne
 
 import hashlib
 import json
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,7 @@ def make_items(config: LabelConfig, folder: Path) -> list[Item]:
             f"there is nothing to ask about in {config.path}: "
             + ("every image is broken" if num_broken else "no prompt has two different images")
         )
+    os.sync()  # the images, all at once: the list of items says that they are there
     with atomic_path(path) as partial:
         partial.write_text("".join(json.dumps(asdict(item)) + "\n" for item in items), encoding="utf-8")
     return items
@@ -152,8 +154,7 @@ def _write(folder: Path, side: _Side, names: dict[str, str]) -> str:
     if side.uid not in names:
         image = decode_rgb(side.data)
         names[side.uid] = secrets.token_hex(16)
-        with atomic_path(folder / IMAGES / f"{names[side.uid]}.png") as partial:
-            partial.write_bytes(encode_png(image))
+        (folder / IMAGES / f"{names[side.uid]}.png").write_bytes(encode_png(image))
     return names[side.uid]
 
 
