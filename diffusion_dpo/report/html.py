@@ -258,7 +258,9 @@ def _data(
             }
             for prompt in prompts
         ],
-        "cards": [[row_of[it.pair.prompt], str(gallery.seeds[it.pair.prompt][it.pair.seed])] for it in wall.shown],
+        "cards": [
+            [row_of[prompt], str(gallery.seeds[prompt][seed]), seed] for prompt, seed in (it.pair for it in wall.shown)
+        ],
         "sources": None if embedded else [it.sources for it in wall.shown],
         "disagreement": [[_short(values[it.pair]) for it in wall.shown] for values in spread],
         "metrics": [

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 NAMES = ("metrics.png", "histogram.png", "categories.png", "models.png")
 _BETTER, _WORSE, _SAME, _INK, _SOFT, _LINE = "#14699b", "#bf4e12", "#b3afa5", "#1c1b19", "#6a6760", "#e5e2da"
-_SERIES = ("#14699b", "#bf4e12", "#3f7d4e", "#7a5195")
+_SERIES = ("#1c1b19", "#9a6bb5", "#4f9a5f", "#b3872a")
 _COLORS = {"better": _BETTER, "worse": _WORSE, "same": _SAME, "unclear": _SOFT}
 _STYLE = {
     "font.family": "DejaVu Sans",
