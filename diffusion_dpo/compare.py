@@ -166,7 +166,7 @@ def _signs(
     distances: Distances | None,
 ) -> Iterator[Sign]:
     by_name = {metric.name: metric for metric in scores}
-    diverse = config.diversity.metrics[0].name if config.diversity is not None else ""
+    diverse = config.diversity.metrics[-1].name if config.diversity is not None else ""
     uids = {name: [it.uid for unit in units for it in unit.read(images=False)] for name, units in wall.units.items()}
     for compared in lineup[1:]:
         results = report.of(compared.name)

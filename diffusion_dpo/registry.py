@@ -52,6 +52,7 @@ TABLES: dict[str, dict[str, str]] = {
         "arcface": "diffusion_dpo.scorers.arcface:ArcFace",
         "brightness": "diffusion_dpo.scorers.brightness:Brightness",
         "clip": "diffusion_dpo.scorers.clip:Clip",
+        "clip_diversity": "diffusion_dpo.scorers.clip_diversity:ClipDiversity",
         "clip_image": "diffusion_dpo.scorers.clip_image:ClipImage",
         "colorfulness": "diffusion_dpo.scorers.colorfulness:Colorfulness",
         "dino": "diffusion_dpo.scorers.dino:Dino",

@@ -1,5 +1,7 @@
 """Short training runs of tiny models, and what of them has to be equal bit for bit."""
 
+import atexit
+import functools
 import json
 import subprocess
 import sys
@@ -50,24 +52,44 @@ def final_state(run_dir: Path) -> dict[str, Any]:
     return {**tensors, "metrics": (run_dir / "metrics.jsonl").read_text()}
 
 
+PLAIN = """
+import json, os, sys
+import diffusers, torch
+for line in sys.stdin:
+    run_dir, model, pipeline, guidance = json.loads(line)
+    pipe = getattr(diffusers, pipeline).from_pretrained(model)
+    if os.path.isdir(f"{run_dir}/adapter"):
+        pipe.load_lora_weights(f"{run_dir}/adapter")
+    else:
+        pipe.unet = diffusers.UNet2DConditionModel.from_pretrained(f"{run_dir}/unet")
+    noise = torch.load(f"{run_dir}/noise.pt", weights_only=True)
+    image = pipe("abc", latents=noise, num_inference_steps=2, guidance_scale=guidance).images[0]
+    assert not any(name.startswith("diffusion_dpo") for name in sys.modules)
+    image.save(f"{run_dir}/plain.png")
+    print("drawn", flush=True)
+"""
+
+
+@functools.cache
+def plain_diffusers() -> subprocess.Popen[str]:
+    """A process without this package, which imports diffusers once and draws with it line by line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PLAIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/"
+    )
+    atexit.register(process.kill)
+    return process
+
+
 def draw_plainly(run_dir: Path, model: Path, pipeline: str, *, guidance: float) -> np.ndarray:
     """What plain diffusers draws for "abc" with the result of a run, in a process without this package, as pixels."""
-    script = f"""
-import sys, torch
-from diffusers import {pipeline}, UNet2DConditionModel
-pipe = {pipeline}.from_pretrained({str(model)!r})
-if {(run_dir / "adapter").exists()}:
-    pipe.load_lora_weights({str(run_dir / "adapter")!r})
-else:
-    pipe.unet = UNet2DConditionModel.from_pretrained({str(run_dir / "unet")!r})
-noise = torch.load({str(run_dir / "noise.pt")!r}, weights_only=True)
-image = pipe("abc", latents=noise, num_inference_steps=2, guidance_scale={guidance}).images[0]
-assert not any(name.startswith("diffusion_dpo") for name in sys.modules)
-image.save({str(run_dir / "plain.png")!r})
-"""
     noise = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(image_seed(0, "abc", 0)))[None]
     torch.save(noise, run_dir / "noise.pt")
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=run_dir)
+    assert (run_dir / "adapter").exists() != (run_dir / "unet").exists()
+    process = plain_diffusers()
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps([str(run_dir), str(model), pipeline, guidance]) + "\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "drawn\n"
     return read_image(run_dir / "plain.png")
 
 

@@ -166,9 +166,7 @@ def test_checkpoints_of_a_run_at_several_strengths(
     """The last checkpoint is the adapter that training ended with; at strength 0 it is the baseline."""
     overrides = ["checkpointing_steps=1", "max_steps=2", "evaluation.share=0.3", "evaluation.every_steps=1"]
     train.run(make_config(models[0], tiny_pairs, tmp_path / "lora", "ema_decay=0.5", *overrides))
-    train.run(
-        make_config(models[0], tiny_pairs, tmp_path / "full", "model.lora=null", *overrides)
-    )
+    train.run(make_config(models[0], tiny_pairs, tmp_path / "full", "model.lora=null", *overrides))
     drawn.clear()
     steps = {
         f"{name}{step}": {"adapter_path": str(tmp_path / name / "checkpoints" / f"step-{step:08d}")}

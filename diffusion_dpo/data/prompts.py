@@ -1,10 +1,10 @@
-"""Prompts from text, TSV and JSON lines; an id says which prompt it is, never where in a file it stands."""
+"""Prompts from text, TSV, JSON and JSON lines; an id says which prompt it is, never where in a file it stands."""
 
 import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.folder import read_inside
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
+from diffusion_dpo.data.suites import SUITES, suite_files
 from diffusion_dpo.pocket.world import distinct_scenes, num_captions
 
 NUM_POCKET_PROMPTS = 64
@@ -20,27 +21,36 @@ NUM_POCKET_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `references` are encoded image files that scorers may compare with."""
+    """One prompt; `references` are encoded image files that scorers may compare with.
+
+    The `category` is what its suite files it under, empty where nothing does; it is no part of what the prompt is.
+    """
 
     id: str
     text: str
     references: tuple[bytes, ...] = ()
+    category: str = field(default="", compare=False)
 
 
 def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool = False) -> list[Prompt]:
-    """Return the prompts of a .txt, .tsv or .jsonl file, in its order; for None, prompts of the pocket world.
+    """Return the prompts of a .txt, .tsv, .json or .jsonl file, in its order; for None, prompts of the pocket world.
 
-    `held_out` asks for the pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises
-    ConfigError for a file that is missing, unreadable, without a `prompt` column, or empty, for a reference that is no
-    image inside the file's folder, and for a limit above what the pocket world has.
+    A name of SUITES that is no file here stands for that suite, which is downloaded once. `held_out` asks for the
+    pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises ConfigError for a file that is
+    missing, unreadable, without a `prompt` column, or empty, for a reference that is no image inside the file's
+    folder, and for a limit above what the pocket world has.
     """
     if path is None:
         return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out)
-    readers = {".txt": _read_txt, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
-    if path.suffix not in readers:
-        raise ConfigError(f"prompts_path {path} must end in .txt, .tsv or .jsonl")
+    paths = suite_files(path.name) if path.parent == Path() and path.name in SUITES and not path.exists() else [path]
+    readers = {".txt": _read_txt, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_jsonl}
+    if any(it.suffix not in readers for it in paths):
+        raise ConfigError(
+            f"prompts_path {path} must end in .txt, .tsv, .json or .jsonl, or be the name of a suite, "
+            f"{' or '.join(SUITES)}"
+        )
     try:
-        found = list(readers[path.suffix](path))
+        found = [prompt for it in paths for prompt in readers[it.suffix](it)]
     except FileNotFoundError as error:
         raise ConfigError(f"prompts_path: there is no file {error.filename}") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -90,10 +100,11 @@ def _pocket_prompts(count: int, held_out: bool) -> list[Prompt]:
     if count > available:
         split = "held-out " if held_out else ""
         raise ConfigError(f"num_prompts is {count}, and the pocket world has {available} {split}captions")
-    return [_prompt(scene.caption) for scene in islice(distinct_scenes(0, held_out=held_out), count)]
+    scenes = islice(distinct_scenes(0, held_out=held_out), count)
+    return [_prompt(it.caption, category="one shape" if len(it.items) == 1 else "two shapes") for it in scenes]
 
 
-def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()) -> Prompt:
+def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = (), category: Any = None) -> Prompt:
     """Return a prompt; without an id of its own, one that says what it is: its text and its references."""
     text = text.strip()
     if prompt_id is None or prompt_id == "":
@@ -101,7 +112,7 @@ def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()
         for reference in references:
             digest.update(hashlib.sha256(reference).digest())
         prompt_id = digest.hexdigest()[:16]
-    return Prompt(str(prompt_id), text, references)
+    return Prompt(str(prompt_id), text, references, str(category or "").strip())
 
 
 def _lines(path: Path) -> list[str]:
@@ -125,7 +136,21 @@ def _read_tsv(path: Path) -> Iterator[Prompt]:
             )
         for row in rows:
             if (row[columns["prompt"]] or "").strip():
-                yield _prompt(row[columns["prompt"]], row.get(columns.get("id", "")))
+                category = row.get(columns.get("category", ""))
+                yield _prompt(row[columns["prompt"]], row.get(columns.get("id", "")), category=category)
+
+
+def _read_json(path: Path) -> Iterator[Prompt]:
+    """Read a list of texts, whose category is the file's name, or lists by category, as HPSv2's benchmark has them."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    lists = data if isinstance(data, dict) else {path.stem: data}
+    for category, texts in lists.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+            raise ConfigError(f"{path} must hold a list of texts, or such lists by category")
+        yield from (_prompt(text, category=category) for text in texts if text.strip())
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
@@ -144,7 +169,8 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{path} line {number}: `references` must be a list of file names")
         where = f"{path} line {number}"
-        yield _prompt(row["prompt"], row.get("id"), tuple(_reference(path.parent, name, where) for name in names))
+        references = tuple(_reference(path.parent, name, where) for name in names)
+        yield _prompt(row["prompt"], row.get("id"), references, row.get("category") or row.get("tag"))
 
 
 def _is_unicode(text: str) -> bool:

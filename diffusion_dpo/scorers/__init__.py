@@ -78,6 +78,14 @@ class Scorer(Plugin):
         """The numbers that this scorer gives; the first one is its main metric."""
         raise NotImplementedError
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """What makes it err like another judge: `backbone: ...` and `data: ...` that it was fine-tuned on.
+
+        Data of the size of the web, which every backbone has seen, does not count.
+        """
+        return frozenset()
+
     def fingerprint(self) -> str:
         """Return a short hash of everything that decides the values: settings, weights, version of the code."""
         raise NotImplementedError

@@ -52,6 +52,11 @@ class Aesthetic(Scorer):
         """`aesthetic`."""
         return (Metric("aesthetic", higher_is_better=True, range=(float("-inf"), float("inf"))),)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer."""
+        return frozenset({"backbone: CLIP ViT-L-14 openai", "data: AVA"})
+
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, the head and the files of the encoder."""
         files = [self._head_file(), *files_of(self._encoder_weights().folder())]

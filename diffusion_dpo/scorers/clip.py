@@ -71,6 +71,12 @@ class ClipScorer(Scorer):
         name = f"clip_{self.compares}" + (f"_{self.name}" if self.name else "")
         return (Metric(name, higher_is_better=True, range=(-1.0, 1.0)),)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """Its own weights: of one architecture, one training."""
+        weights = f"{self.model.removesuffix('-quickgelu')} {self.pretrained or ''}".strip()
+        return frozenset({f"backbone: CLIP {weights}"})
+
     def fingerprint(self) -> str:
         """Hash the version of the code, the architecture, its preprocessing and the bytes of its files."""
         decides = [str(VERSION), version("open_clip_torch"), self.compares]

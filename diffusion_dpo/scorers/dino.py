@@ -52,6 +52,11 @@ class Dino(Scorer):
         """`dino`."""
         return (Metric("dino", higher_is_better=True, range=(-1.0, 1.0)),)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer."""
+        return frozenset({f"backbone: {self.pretrained}"})
+
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, and the files of the model."""
         decides = f"{version('transformers')} {content_hash(files_of(self._weights().folder()))}"

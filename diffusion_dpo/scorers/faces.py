@@ -132,6 +132,11 @@ class FaceJudge(Scorer):
         return frozenset({"reference"})
 
     @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer: recognisers of one kind."""
+        return frozenset({f"backbone: {self.prefix}"})
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         """The cosine; the number of faces; certainty and share of the image of the face that counts."""
         return (

@@ -59,6 +59,11 @@ class Hps(Scorer):
         name = {"2.0": "hps_v2", "2.1": "hps_v21"}[self.version]
         return (Metric(name, higher_is_better=True, range=(-1.0, 1.0)),)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer."""
+        return frozenset({"backbone: CLIP ViT-H-14 laion2b_s32b_b79k", "data: HPD"})
+
     def fingerprint(self) -> str:
         """Hash the version of the code, that of open_clip, the architecture and the checkpoint."""
         decides = f"{version('open_clip_torch')} {self.architecture} {content_hash([self._file()])}"

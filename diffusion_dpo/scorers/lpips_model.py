@@ -52,6 +52,11 @@ class LpipsScorer(Scorer):
 
     _model: "LpipsModel | None" = PrivateAttr(None)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer."""
+        return frozenset({f"backbone: {self.net}", "data: BAPPS"})
+
     def fingerprint(self) -> str:
         """Hash the versions of code and heads, the net, the size, and the trunk."""
         decides = f"{version('lpips')} {self.net} {self.resolution_px} {self._checked_trunk()[1]}"

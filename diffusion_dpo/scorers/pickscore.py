@@ -55,6 +55,11 @@ class PickScore(Scorer):
         """`pickscore`."""
         return (Metric("pickscore", higher_is_better=True, range=(float("-inf"), float("inf"))),)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer."""
+        return frozenset({"backbone: CLIP ViT-H-14 laion2b_s32b_b79k", "data: Pick-a-Pic"})
+
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, and the files of model and preprocessing."""
         model, processor = self._weights().folder(), self._processor_weights().folder("processor")

@@ -24,7 +24,8 @@ class CompareConfig(Config):
     adapter_scales: tuple[float, ...] = ()
     """Draw every model with a LoRA at each of these strengths, instead of at its own adapter_scale."""
     prompts_path: Path | None = None
-    """Prompts, as for `generate`; null takes held-out prompts of the pocket world."""
+    """Prompts, as for `generate`: a file, or parti, geneval or hpsv2; null takes held-out prompts of the pocket
+    world."""
     num_prompts: int | None = Field(None, ge=1)
     """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
     seeds_per_prompt: int = Field(2, ge=1)
@@ -33,7 +34,7 @@ class CompareConfig(Config):
     """How all models draw."""
     scorers: list[plugin("scorers")] = ["clip"]  # type: ignore[valid-type]
     """The judges."""
-    diversity: plugin("scorers") | None = None  # type: ignore[valid-type]
+    diversity: plugin("scorers") | None = "clip_diversity"  # type: ignore[valid-type]
     """The judge of how different the images of a prompt are from each other: clip_diversity, or diversity (LPIPS);
     null leaves it out."""
     distance: plugin("scorers") | None = "clip_image"  # type: ignore[valid-type]

@@ -32,8 +32,8 @@ class GenerateConfig(Config):
     """Prompts -> candidates: several images for every prompt."""
 
     prompts_path: Path | None = None
-    """Prompts: .txt (one a line), .tsv or .jsonl with `prompt` and optionally `id`, `references`; null takes pocket
-    prompts."""
+    """Prompts: .txt (one a line), .json, .tsv or .jsonl with `prompt` and optionally `id`, `category`, `references`;
+    or the name of a suite: parti, geneval, hpsv2. Null takes pocket prompts."""
     num_prompts: int | None = Field(None, ge=1)
     """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
     num_images_per_prompt: int = Field(4, ge=1)

@@ -106,7 +106,7 @@ def test_more_prompts_than_the_pocket_world_has_are_refused_at_once():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "prompt\n", r"must end in .txt, .tsv or .jsonl"),
+        ("a.csv", "prompt\n", r"must end in .txt, .tsv, .json or .jsonl"),
         ("a.txt", "\n \n", "holds no prompts"),
         ("a.tsv", "text\tid\nx\t1\n", "must name a column `prompt`; it names text, id"),
         ("a.jsonl", '{"prompt": "one"}\n{oops\n', "line 2 is not JSON"),

@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import ScoreRequest
 from diffusion_dpo.scorers.clip import Clip, ClipScorer
+from diffusion_dpo.scorers.clip_diversity import ClipDiversity
 from diffusion_dpo.scorers.clip_image import ClipImage
 from diffusion_dpo.scorers.judge import judge
 from diffusion_dpo.scorers.weights import files_of
@@ -70,6 +71,21 @@ def test_several_references_are_averaged(clip_dir: Path, images: list[Image.Imag
     values = judge(scorer, [ScoreRequest(images[0], references=r) for r in references], batch_size=4).values
     first, second, both = values["clip_image"]
     assert both == pytest.approx((first + second) / 2, abs=1e-6)
+
+
+def test_diversity_is_the_distance_to_the_others_and_a_copy_is_at_none(
+    clip_dir: Path, images: list[Image.Image]
+) -> None:
+    alike = _loaded_for_images(clip_dir)
+    likeness = judge(alike, [ScoreRequest(images[0], references=(image,)) for image in images[1:]], batch_size=4)
+    apart = 1 - likeness.values["clip_image"]
+    scorer = ClipDiversity(type="clip_diversity", model=f"local-dir:{clip_dir}")
+    scorer.load(CPU)
+    others = tuple(images[1:])
+    requests = [ScoreRequest(images[0], rivals=others), ScoreRequest(images[0], rivals=others, copies=2)]
+    values = judge(scorer, [*requests, ScoreRequest(images[0])], batch_size=3).values
+    np.testing.assert_allclose(values["nearest_clip"], [apart.min(), 0, np.nan], atol=1e-5)
+    np.testing.assert_allclose(values["mean_clip"], [apart.mean(), apart.sum() / 4, np.nan], atol=1e-5)
 
 
 def test_a_long_prompt_keeps_its_end_token(

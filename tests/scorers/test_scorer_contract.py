@@ -71,6 +71,10 @@ def test_gives_every_metric_one_float_per_image(scorer: Scorer, requests: list[S
         assert len(scores.reasons) == count
 
 
+def test_says_what_it_errs_like(scorer: Scorer) -> None:
+    assert all(tag.startswith(("backbone: ", "data: ")) and tag == tag.strip() for tag in scorer.lineage)
+
+
 def test_does_not_look_at_the_rest_of_the_batch(scorer: Scorer, requests: list[ScoreRequest]) -> None:
     whole = scorer.score(requests)
     order = np.random.default_rng(1).permutation(len(requests))

@@ -61,6 +61,7 @@ TINY: dict[str, Callable[[Path], list[Settings]]] = {
     "arcface": lambda folder: [{"model": str(make_pack(folder, anywhere=True)), "det_size_px": 128}],
     "brightness": lambda folder: [{}],
     "clip": _clip,
+    "clip_diversity": _clip,
     "clip_image": _clip,
     "colorfulness": lambda folder: [{}],
     "dino": lambda folder: [{"pretrained": str(make_dino(folder))}],

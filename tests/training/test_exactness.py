@@ -90,14 +90,14 @@ def test_a_run_stopped_at_any_step_ends_as_if_it_had_not_been(
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
 
 
-KILLED_AT_ITS_NTH_EVENT = """
+KILLED_AT_THEIR_NTH_EVENTS = """
 import os, shutil, signal, sys
 from pathlib import Path
-import safetensors.torch
+import diffusers, peft, safetensors.torch, transformers
 from diffusion_dpo import train
 from diffusion_dpo.cli import main
 
-left = int(sys.argv[1])
+left = -1
 
 def event():
     global left
@@ -125,7 +125,15 @@ def torn(real):  # a file of a checkpoint is cut off in the middle
 os.fsync, os.replace, shutil.rmtree = counted(os.fsync), counted(os.replace), counted(shutil.rmtree)
 safetensors.torch.save_file = torn(safetensors.torch.save_file)
 train.train_step = counted(train.train_step)
-sys.exit(main(["train", sys.argv[2]]))
+for nth in sys.argv[2:]:
+    if pid := os.fork():  # every run is a process of its own; the libraries are imported once
+        _, status = os.waitpid(pid, 0)
+        staged = any((Path(sys.argv[1]).parent / "killed" / "checkpoints").glob(".staging-*"))
+        print(os.waitstatus_to_exitcode(status), int(staged), flush=True)
+    else:
+        left = int(nth)
+        os.dup2(2, 1)
+        os._exit(main(["train", sys.argv[1]]))
 """
 
 
@@ -136,21 +144,13 @@ def test_kill_9_at_20_random_moments_changes_nothing(tiny_sd: Path, tiny_pairs: 
     train.run(make_config(tiny_sd, tiny_pairs, tmp_path / "whole", *settings))
     config = make_config(tiny_sd, tiny_pairs, tmp_path / "killed", *settings)
     (tmp_path / "config.yaml").write_text(dump(config))
-    command = [sys.executable, "-c", KILLED_AT_ITS_NTH_EVENT]
     moments, environment = random.Random(0), {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    inside_a_save = 0
-    for _ in range(20):
-        nth = str(moments.randint(20, 120))
-        killed = subprocess.run(
-            [*command, nth, tmp_path / "config.yaml"], check=False, capture_output=True, env=environment
-        )
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        inside_a_save += any((tmp_path / "killed" / "checkpoints").glob(".staging-*"))
-    assert inside_a_save >= 5
-    last = subprocess.run(
-        [*command, "-1", tmp_path / "config.yaml"], check=False, capture_output=True, env=environment
-    )
-    assert last.returncode == 0, last.stderr
+    nth = [str(moments.randint(20, 120)) for _ in range(20)]
+    command = [sys.executable, "-c", KILLED_AT_THEIR_NTH_EVENTS, str(tmp_path / "config.yaml"), *nth, "-1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    ended = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [code for code, _ in ended] == [-signal.SIGKILL] * 20 + [0], done.stderr
+    assert sum(staged for _, staged in ended[:20]) >= 5
     assert final_state(tmp_path / "killed") == final_state(tmp_path / "whole")
 
 
