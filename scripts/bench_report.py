@@ -46,7 +46,9 @@ def comparison(num_prompts: int, seeds: int, models: int, side_px: int) -> tuple
     names = [BASELINE, *(f"step-{100 * (i + 1)}" for i in range(models))]
     base = rng.normal(size=(num_prompts, seeds))
     scores = [
-        MetricScores(name, role, True, {it: base + 0.1 * i + 0.5 * rng.normal(size=base.shape) for i, it in enumerate(names)})
+        MetricScores(
+            name, role, True, {it: base + 0.1 * i + 0.5 * rng.normal(size=base.shape) for i, it in enumerate(names)}
+        )
         for name, role in (("hps", "held_out"), ("pickscore", "trained_on"), ("clip", "held_out"))
     ]
     categories = [f"category {p % 11}" for p in range(num_prompts)]
@@ -102,7 +104,9 @@ def scroll(page_path: Path) -> dict[str, str]:
         "load, s": f"{loaded:.2f}",
         "nodes": f"{nodes:,}",
         "frames": f"{frames.size}",
-        "frame time p50 / p95 / max, ms": " / ".join(f"{it:.0f}" for it in (*np.percentile(frames, [50, 95]), frames.max())),
+        "frame time p50 / p95 / max, ms": " / ".join(
+            f"{it:.0f}" for it in (*np.percentile(frames, [50, 95]), frames.max())
+        ),
         "long tasks (> 50 ms), longest ms": f"{len(tasks)}, {max(tasks, default=0):.0f}",
     }
 

@@ -19,6 +19,8 @@ from diffusion_dpo.report.statistics import pair_differences, prompt_means
 
 _GROUPS = {"held_out": "Held out", "human": "People", "related": "Related", "trained_on": "Trained on"}
 _MAX_CATEGORIES = 24
+_MAX_LINES = 4
+"""Of a curve."""
 _LONG = 600
 """Characters of a prompt above which it is cut short until asked for."""
 
@@ -113,8 +115,8 @@ def paired_means(metric: MetricScores, model: str) -> tuple[np.ndarray, np.ndarr
     """Return each prompt's mean of the baseline, the model and the difference, over pairs that are scored on both."""
     differences = pair_differences(metric, model)
     known = np.isfinite(differences)
-    both = (prompt_means(np.where(known, metric.values[name], np.nan)) for name in (BASELINE, model))
-    return *both, prompt_means(differences)
+    baseline, other = (prompt_means(np.where(known, metric.values[name], np.nan)) for name in (BASELINE, model))
+    return baseline, other, prompt_means(differences)
 
 
 # --- the parts of the page -------------------------------------------------------------------------------------------
@@ -126,6 +128,8 @@ class Row:
 
     result: MetricResult
     whisker: charts.Whisker | None
+    places: int | None
+    """The decimals of its numbers, the same in a whole column."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ def _block(report: Report, number: int, scores: Sequence[MetricScores]) -> Block
     signs = [sign for sign in report.signs if sign.model == facts.name]
     told = {sign.name for sign in signs}
     shown = sorted((it for it in results if not (it.auxiliary and it.name in told)), key=words.rank)
-    rows = [Row(*row) for row in zip(shown, charts.forest(shown), strict=True)]
+    places = [words.places_of(result) for result in shown]
+    rows = [Row(*row) for row in zip(shown, charts.forest(shown), places, strict=True)]
     groups = [
         (title, [row for row in rows if not row.result.auxiliary and row.result.role == role])
         for role, title in _GROUPS.items()
@@ -192,7 +197,7 @@ def _by_category(report: Report, model: str, metrics: Sequence[str]) -> list[tup
     columns = []
     for name in metrics:
         results = [found[name, category] for category in categories]
-        columns.append([Row(*row) for row in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)])
+        columns.append(_column(results, words.places_of(found[name, ""])))
     return [
         (category, report.categories[category], [column[i] for column in columns])
         for i, category in enumerate(categories)
@@ -203,15 +208,20 @@ def _overview(report: Report) -> dict[str, Any]:
     """All models by the main metrics: a table with a forest plot in every cell, and the curves of their win rates."""
     names = [it.name for it in _columns(sorted(report.of(report.models[0].name), key=words.rank))]
     found = {(it.model, it.name): it for it in report.results if not it.category}
-    columns = []
-    for name in names:
-        results = [found[model.name, name] for model in report.models]
-        columns.append([Row(*row) for row in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)])
-    rows = [(model, [column[i] for column in columns]) for i, model in enumerate(report.models)]
-    lines = [[row.result for row in column] for column in columns[:4]]
-    return {"columns": [column[0].result for column in columns], "rows": rows, "curve": charts.curve(
-        [model.name for model in report.models], lines
-    )}
+    by_metric = [[found[model.name, name] for model in report.models] for name in names]
+    columns = [_column(results, words.places_of(results[0])) for results in by_metric]
+    return {
+        "columns": [results[0] for results in by_metric],
+        "rows": [(model, [column[i] for column in columns]) for i, model in enumerate(report.models)],
+        "curve": charts.curve([model.name for model in report.models], by_metric[:_MAX_LINES]),
+    }
+
+
+def _column(results: Sequence[MetricResult], places: int | None) -> list[Row]:
+    """Results of one metric on one axis, with the same decimals."""
+    return [
+        Row(it, mark, places) for it, mark in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)
+    ]
 
 
 def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
@@ -220,7 +230,7 @@ def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
     return {
         "result": result,
         "histogram": charts.histogram(differences, result, places),
-        "scatter": charts.scatter(baseline, model, result, places),
+        "scatter": charts.scatter(baseline, model, result),
     }
 
 

@@ -31,7 +31,7 @@ def asset(name: str) -> str:
 
 
 def _policy(style: str, script: str, images: str) -> str:
-    """The content security policy: our own style and script by their hash, images from where they are, nothing else."""
+    """The content security policy: our own style and script by their hash, images from one place, nothing else."""
     rules = [
         "default-src 'none'",
         f"script-src '{_sha256(script)}'" if script else "script-src 'none'",

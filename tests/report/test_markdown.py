@@ -11,7 +11,9 @@ from tests.browser import HOSTILE
 from tests.report.comparison import make_comparison
 
 
-@pytest.mark.parametrize("text", [*HOSTILE, "a|b", "line\nbreak", "[x](https://y.example)", "1. one", "# title", "`a`"])
+@pytest.mark.parametrize(
+    "text", [*HOSTILE, "a|b", "line\nbreak", "[x](https://y.example)", "1. one", "# title", "`a`"]
+)
 def test_text_stays_text(text: str) -> None:
     made = escape(text)
     assert "<" not in made and "\n" not in made and len(made) < 1500

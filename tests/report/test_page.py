@@ -73,7 +73,9 @@ def test_every_prompt_has_its_numbers(folder: Path) -> None:
         found = lines[4]["metrics"]["clip"][model]
         assert found["mean"] == pytest.approx(clip[model][4].mean())
         assert found["difference"] == pytest.approx(clip[model][4].mean() - clip[BASELINE][4].mean())
-    assert lines[3]["metrics"]["clip"]["tuned"]["difference"] == pytest.approx(clip["tuned"][3, 1] - clip[BASELINE][3, 1])
+    assert lines[3]["metrics"]["clip"]["tuned"]["difference"] == pytest.approx(
+        clip["tuned"][3, 1] - clip[BASELINE][3, 1]
+    )
     assert lines[0]["metrics"]["faces"]["tuned"]["difference"] == 0
     assert set(lines[0]["metrics"]["clip"][BASELINE]) == {"mean"}
 
@@ -130,7 +132,11 @@ def test_images_beside_the_page_are_whole_kept_and_cleared(tmp_path: Path) -> No
     stale.write_bytes(b"of an earlier report")
     page = html.write_report(tmp_path, report, scores, gallery, embed=False).read_text("utf-8")
     named = set(re.findall(rf"{ASSETS}/([0-9a-f]{{20}}\.png)", page))
-    images = {data for both in gallery.read([Pair(p, s) for p in range(30) for s in range(SEEDS)]).values() for data in both.values()}
+    images = {
+        data
+        for both in gallery.read([Pair(p, s) for p in range(30) for s in range(SEEDS)]).values()
+        for data in both.values()
+    }
     assert {path.read_bytes() for path in stranger.parent.glob("*.png")} == images
     assert named == {path.name for path in stranger.parent.glob("*.png")}
     assert not stale.exists() and stranger.read_bytes() == b"mine"

@@ -56,7 +56,7 @@ def test_the_wall_is_sorted_and_filtered(page: Page) -> None:
     page.locator("#more").click()
     assert page.locator("#cards > li").count() == 48
     page.locator("#toolbar [name=outcome]").select_option("lost")
-    assert all(it < 0 for it in changes(page))
+    assert changes(page) and all(it <= 0 for it in changes(page))
     page.locator("#toolbar [name=outcome]").select_option("")
     page.get_by_placeholder("Filter by prompt").fill("ONERROR")
     assert page.locator("#cards .prompt").all_text_contents() == [HOSTILE[1]] * SEEDS
@@ -87,7 +87,7 @@ def test_a_model_switch_moves_the_whole_page(page: Page) -> None:
         "baseline",
         "tuned@0.5",
     ]
-    page.get_by_label("all models").check()
+    page.get_by_role("checkbox", name="all models").check()
     assert page.locator("#cards li").first.locator("img:visible").count() == 3
 
 
@@ -179,7 +179,6 @@ def test_keys_alone_are_enough(page: Page) -> None:
 
 
 def test_hostile_text_never_runs_and_breaks_nothing(page: Page) -> None:
-    evil = "document.documentElement.dataset.ran = 1"
     for text in HOSTILE:
         page.get_by_placeholder("Filter by prompt").fill(text[:40])
         if page.locator("#cards button").count():

@@ -77,7 +77,9 @@ def test_the_headline_is_held_out() -> None:
 def test_of_several_models_each_sentence_says_whose_it_is() -> None:
     made = report(shifted(0.1, 0.0))
     assert words.sentence(made, words.headline(made)).startswith("On 64 held-out prompts with tuned, clip rose")
-    assert words.claim(made, words.headline(made, "other")).startswith("On 64 held-out prompts with other, clip did not")
+    assert words.claim(made, words.headline(made, "other")).startswith(
+        "On 64 held-out prompts with other, clip did not"
+    )
 
 
 def sign(model: str, *, warns: bool) -> Sign:
