@@ -116,7 +116,7 @@ def _add_verb(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb not in ("inspect", "train", "compare"):
+    if _verb not in ("inspect", "label", "train", "compare"):
         _add_verb(_verb)
 
 
@@ -134,6 +134,18 @@ def _train(
         raise ConfigError("--find-beta and --dry-run are two different things; give one of them")
     path, overrides = _split(arguments or [])
     _run("dry_run" if dry_run else "find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
+
+
+@app.command("label", help=VERBS["label"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _label(
+    arguments: _Arguments = None,
+    export: Annotated[
+        bool, typer.Option("--export", help="Write the pairs of the votes so far; serves no page.")
+    ] = False,
+) -> None:
+    path, overrides = _split(arguments or [])
+    config = load(VERBS["label"], path, overrides)
+    _run("label", config, function="export" if export else "run")
 
 
 @app.command("compare", help=VERBS["compare"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
@@ -194,9 +206,9 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _run(verb: str, config: Config, *arguments: float) -> None:
+def _run(verb: str, config: Config, *arguments: float, function: str = "run") -> None:
     """Import a verb, which is what takes seconds, and run it. What the system refuses becomes a ConfigError."""
-    run: Callable[..., object] = importlib.import_module(f"diffusion_dpo.{verb}").run
+    run: Callable[..., object] = getattr(importlib.import_module(f"diffusion_dpo.{verb}"), function)
     try:
         run(config, *arguments)
     except ConfigError:

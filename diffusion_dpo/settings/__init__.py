@@ -17,6 +17,7 @@ from diffusion_dpo.settings.data import InspectConfig as InspectConfig
 from diffusion_dpo.settings.data import PairConfig as PairConfig
 from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
 from diffusion_dpo.settings.data import Variant as Variant
+from diffusion_dpo.settings.label import LabelConfig as LabelConfig
 from diffusion_dpo.settings.training import Evaluation as Evaluation
 from diffusion_dpo.settings.training import Preview as Preview
 from diffusion_dpo.settings.training import Reference as Reference
@@ -38,6 +39,7 @@ VERBS: dict[str, type[Config]] = {
     "generate": GenerateConfig,
     "score": ScoreConfig,
     "pair": PairConfig,
+    "label": LabelConfig,
     "train": TrainConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,

@@ -1,0 +1,119 @@
+"""`label`: a web page where people choose between two images, blind; their votes, and the pairs that they make."""
+
+import errno
+import importlib.util
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusion_dpo.config import ConfigError, command, dump
+from diffusion_dpo.console import say
+from diffusion_dpo.data.comparisons import is_comparison
+from diffusion_dpo.data.votes import LOG
+from diffusion_dpo.files import atomic_path, claim, finish
+from diffusion_dpo.label.items import make_items
+from diffusion_dpo.label.log import Log
+from diffusion_dpo.label.pairs import write_pairs
+from diffusion_dpo.label.study import Study
+from diffusion_dpo.settings import LabelConfig
+
+_DECIDES: Any = {"path", "data", "pairs_per_prompt", "max_pairs", "checks_share", "repeat_share", "seed"}
+
+
+def run(config: LabelConfig) -> Path:
+    """Serve the page until it is stopped, then write the pairs; return the folder."""
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"label needs {package}, of the extra `label`: pip install 'diffusion-dpo[label]'")
+    with _opened(config) as study:
+        listener = _listen(config)
+        port = listener.getsockname()[1]
+        token = config.token or secrets.token_urlsafe(18)
+        shown = f"[{config.host}]" if ":" in config.host else config.host
+        say(f"label: {len(study.items)} pairs, {study.counts()['pair']} votes so far, in {config.output_dir}")
+        say(f"open: http://{shown}:{port}/?token={token}")
+        say("Ctrl-C ends it; nothing is lost, and the same command goes on")
+        try:
+            _serve(config, study, listener, token, port)
+        finally:
+            _tell(config, study)
+    return config.output_dir
+
+
+def export(config: LabelConfig) -> Path:
+    """Write the pairs of the votes so far, without serving a page; return their folder."""
+    with _opened(config) as study:
+        _tell(config, study)
+    return config.output_dir
+
+
+@contextmanager
+def _opened(config: LabelConfig) -> Iterator[Study]:
+    """Yield the study of a folder, which is ours while it lasts."""
+    folder = config.output_dir
+    source = Path(str(config.data.model_dump().get("path", ""))) if config.data is not None else config.path
+    if not source.exists():
+        raise ConfigError(f"there is no file or folder {source} to label")
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
+    identity = config.model_dump(mode="json", include=_DECIDES)
+    with claim(folder, "label", identity):
+        with atomic_path(folder / "config.yaml") as partial:
+            partial.write_text(dump(config), encoding="utf-8")
+        items = make_items(config, folder)
+        finish(folder, "label", identity, num_items=len(items))
+        with Log(folder / LOG) as log:
+            yield Study(config, items, log)
+
+
+def _listen(config: LabelConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {config.port} is in use; choose another one, or port=0 for any") from None
+        raise ConfigError(f"cannot listen at {config.host}:{config.port}: {error.strerror}") from None
+    return listener
+
+
+def _serve(config: LabelConfig, study: Study, listener: socket.socket, token: str, port: int) -> None:
+    import uvicorn
+
+    from diffusion_dpo.label.server import make_app
+
+    names = {config.host, "127.0.0.1", "localhost"} if config.host in ("127.0.0.1", "localhost") else {config.host}
+    if config.host in ("0.0.0.0", "::"):  # whoever comes knows the machine by some name; the token decides
+        names = {socket.gethostname().lower(), "127.0.0.1", "localhost", *_addresses()}
+    hosts = frozenset(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names)
+    app = make_app(study, config.output_dir, token=token, hosts=hosts)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2))
+    server.run(sockets=[listener])
+
+
+def _addresses() -> set[str]:
+    """Return the addresses that this machine goes by."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)}
+    except OSError:
+        return set()
+
+
+def _tell(config: LabelConfig, study: Study) -> None:
+    """Write the pairs, and say what there is and what to do with it."""
+    counts = study.counts()
+    folder, num_pairs, drops = write_pairs(study, config.output_dir)
+    dropped = "; ".join(f"{number} {reason}" for reason, number in sorted(drops.items())) or "nothing"
+    say(f"{counts['pair']} votes, {counts['repeat']} repeats: {config.output_dir / LOG}")
+    if num_pairs:
+        say(f"{num_pairs} pairs: {folder}; dropped: {dropped}")
+    if config.data is None and is_comparison(config.path):
+        say(f"next: {command('compare', {'human': config.output_dir})}, with the settings of that comparison")
+    elif num_pairs:
+        say(f"next: {command('train', {'data.path': folder})}")

@@ -1,0 +1,187 @@
+"use strict";
+// The pages of `label`. A vote shows the next pair at once and is sent behind it; one that is not acknowledged yet is kept
+// in this browser, shown as such, and sent again until it is. Nothing here is ever parsed as HTML.
+
+const byId = (id) => document.getElementById(id);
+const show = (element, visible) => { element.hidden = !visible; };
+const wait = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
+
+async function ask(path, body) {
+  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  const answer = await fetch(path, options);
+  const found = await answer.json();
+  if (!answer.ok) throw Object.assign(new Error(found.error), { status: answer.status });
+  return found;
+}
+
+function say(text) {
+  byId("problem").textContent = text;
+  show(byId("problem"), text !== "");
+}
+
+function welcome(form) {
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    try {
+      await ask("/name", { name: form.elements.name.value });
+      location.reload();
+    } catch (error) { say(error.message); }
+  });
+}
+
+function labelling() {
+  const STORE = "unsent votes";
+  const unsent = JSON.parse(localStorage.getItem(STORE) ?? "[]"); // of an earlier visit, when the server was gone
+  const loaded = new Map(); // images by name: those that are due are there before they are needed
+  let upcoming = [];
+  let done = 0;
+  let total = 0;
+  let since = 0;
+  let sending = false;
+  let isStarted = false;
+
+  function preload(task) {
+    for (const name of task.images) {
+      if (!loaded.has(name)) {
+        const image = new Image();
+        image.src = `/image/${name}`;
+        image.decode().catch(() => {}); // shown as broken where it is shown
+        loaded.set(name, image);
+      }
+    }
+  }
+
+  function draw() {
+    const [task] = upcoming;
+    show(byId("pair"), task !== undefined);
+    show(byId("actions"), isStarted);
+    show(byId("done"), task === undefined && isStarted && unsent.length === 0);
+    byId("progress").value = isStarted ? `${done} of ${total}${unsent.length > 1 ? `, ${unsent.length} being saved` : ""}` : "";
+    byId("bar").style.setProperty("width", `${total ? (100 * done) / total : 0}%`);
+    byId("prompt").textContent = task?.prompt ?? "";
+    if (task === undefined) return;
+    for (const [place, side] of ["left", "right"].entries()) {
+      for (const id of [side, `zoom-${side}`]) byId(id).src = `/image/${task.images[place]}`;
+    }
+    byId("prompt").scrollTop = 0;
+    since = performance.now();
+  }
+
+  function take(state) {
+    const pending = new Set(unsent.map((vote) => vote.task));
+    const known = new Set(upcoming.map((task) => task.task));
+    upcoming.push(...state.tasks.filter((task) => !known.has(task.task) && !pending.has(task.task)));
+    upcoming.forEach(preload);
+    for (const name of loaded.keys()) if (loaded.size > 60) loaded.delete(name);
+    done = state.done + unsent.length;
+    total = state.total;
+    isStarted = true;
+  }
+
+  async function send() {
+    if (sending) return;
+    sending = true;
+    let pause = 250;
+    while (unsent.length > 0) {
+      const [vote] = unsent;
+      try {
+        take(await ask("/vote", vote));
+      } catch (error) {
+        if (error.status === undefined || error.status >= 500) { // nobody there, or no room: again, a little later
+          say(error.status === undefined ? "The server does not answer. Your votes are kept here and sent again." : error.message);
+          await wait(pause);
+          pause = Math.min(2 * pause, 5000);
+          continue;
+        }
+        say(error.message);
+      }
+      unsent.shift();
+      localStorage.setItem(STORE, JSON.stringify(unsent));
+      if (unsent.length === 0 && byId("problem").textContent.startsWith("The server")) say("");
+      pause = 250;
+    }
+    sending = false;
+    if (upcoming.length === 0) await refill();
+    draw();
+  }
+
+  async function refill() {
+    try { take(await ask("/next")); } catch (error) { say(error.message); }
+  }
+
+  function vote(answer, reason = "") {
+    const [task] = upcoming;
+    if (task === undefined) return;
+    const seconds = (performance.now() - since) / 1000;
+    upcoming.shift();
+    unsent.push({ task: task.task, answer, reason, seconds, key: crypto.randomUUID() });
+    localStorage.setItem(STORE, JSON.stringify(unsent));
+    done += 1;
+    say("");
+    draw();
+    send();
+  }
+
+  async function undo() {
+    for (let tries = 0; sending || unsent.length > 0; tries += 1) { // what is on its way arrives first
+      if (tries === 100) return;
+      await wait(20);
+    }
+    try {
+      const state = await ask("/undo", {});
+      upcoming = [state.undone, ...upcoming.filter((task) => task.task !== state.undone.task)];
+      take(state);
+      say("");
+    } catch (error) { say(error.message); }
+    draw();
+  }
+
+  const zoom = byId("zoom");
+  const skip = byId("skip-dialog");
+  const help = byId("help");
+  const toggle = (dialog) => (dialog.open ? dialog.close() : dialog.showModal());
+  const keys = {
+    1: () => vote("left"), ArrowLeft: () => vote("left"),
+    2: () => vote("right"), ArrowRight: () => vote("right"),
+    0: () => vote("tie"), ArrowDown: () => vote("tie"),
+    b: () => vote("both_bad"), s: () => upcoming.length && toggle(skip), u: undo,
+    " ": () => upcoming.length && toggle(zoom), "?": () => toggle(help),
+  };
+
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || event.target.matches("input, textarea, select")) return;
+    if (skip.open) {
+      const button = skip.querySelectorAll("button")[Number(event.key) - 1];
+      if (button?.value) { event.preventDefault(); button.click(); }
+      return;
+    }
+    if (help.open && event.key !== "?") return;
+    if (zoom.open && event.key === "?") return;
+    const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    if (!act) return;
+    event.preventDefault();
+    if (zoom.open && event.key !== " ") zoom.close();
+    act();
+  });
+  for (const button of document.querySelectorAll("[data-answer]")) button.addEventListener("click", () => vote(button.dataset.answer));
+  byId("skip").addEventListener("click", keys.s);
+  byId("undo").addEventListener("click", undo);
+  byId("zoom-button").addEventListener("click", keys[" "]);
+  byId("help-button").addEventListener("click", keys["?"]);
+  zoom.addEventListener("click", () => zoom.close());
+  skip.addEventListener("close", () => { if (skip.returnValue) vote("skip", skip.returnValue); skip.returnValue = ""; });
+  window.addEventListener("beforeunload", (event) => { if (unsent.length > 0) event.preventDefault(); });
+  window.addEventListener("pageshow", (event) => { if (event.persisted) location.reload(); }); // back: what was answered stays so
+
+  (async () => {
+    await send();
+    while (!isStarted) {
+      await refill();
+      if (!isStarted) await wait(1000);
+    }
+    draw();
+  })();
+}
+
+if (byId("name-form")) welcome(byId("name-form"));
+if (byId("pair")) labelling();

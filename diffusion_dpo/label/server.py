@@ -1,0 +1,230 @@
+"""The web server of `label`: a page, its images, and votes. Nothing is served to whoever does not bring the token.
+
+A request must name a host that is ours and, where it changes something, come from our own page. The token, new at
+every start, comes with the first address and is a cookie afterwards. Images go by opaque names; no path is ever taken
+from a request.
+"""
+
+import asyncio
+import errno
+import json
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from diffusion_dpo.data.votes import CHOICES
+from diffusion_dpo.label.items import IMAGES
+from diffusion_dpo.label.results import results_of
+from diffusion_dpo.label.study import REASONS, SIDES, Study, Task, UnknownTask
+from diffusion_dpo.report import words
+
+_AHEAD = 4
+"""Questions that the page is given before they are due, so that the next pair is there when a key is pressed."""
+_MOST_BYTES = 4096
+_NAME = re.compile(r"[\w .@-]{1,40}")
+_ASSETS = {"label.js": "text/javascript", "label.css": "text/css", "report.css": "text/css"}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -> Starlette:
+    """Return the application; `hosts` are the values of the Host header that are ours."""
+    pages = Environment(
+        loader=PackageLoader("diffusion_dpo.label", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    busy = asyncio.Lock()
+
+    def page(name: str, **values: Any) -> Response:
+        return HTMLResponse(pages.get_template(name).render(words=words, **values))
+
+    async def guard(request: Request, proceed: Handler) -> Response:
+        response = _refusal(request, token, hosts) or await proceed(request)
+        for name, value in _HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response
+
+    async def home(request: Request) -> Response:
+        if "token" in request.query_params:  # checked by the guard: from here on it is a cookie
+            response: Response = RedirectResponse("/", status_code=303)
+            response.set_cookie(_cookie("token", request), token, httponly=True, samesite="strict")
+            return response
+        rater = _rater(request)
+        if rater is None:
+            return page("name.html.j2")
+        return page("label.html.j2", rater=rater, reasons=REASONS)
+
+    async def name(request: Request) -> Response:
+        given = (await _body(request)).get("name")
+        if not isinstance(given, str) or not _NAME.fullmatch(given.strip()):
+            return _problem(400, "a name is 1 to 40 letters, digits, spaces, dots, dashes or @")
+        response = JSONResponse({"rater": given.strip()})
+        value = given.strip().encode().hex()
+        response.set_cookie(_cookie("rater", request), value, httponly=True, samesite="strict", max_age=365 * 86400)
+        return response
+
+    async def upcoming(request: Request) -> Response:
+        rater = _known_rater(request)
+        async with busy:
+            return JSONResponse(_state(study, rater))
+
+    async def vote(request: Request) -> Response:
+        rater, body = _known_rater(request), await _body(request)
+        answer, reason, key, task = (body.get(name, "") for name in ("answer", "reason", "key", "task"))
+        seconds = body.get("seconds", 0.0)
+        if not all(isinstance(it, str) for it in (answer, reason, key, task)) or not re.fullmatch(r"[\w-]{8,64}", key):
+            return _problem(400, "a vote needs the texts `task`, `answer` and `key`")
+        if answer not in (*SIDES, *CHOICES[2:]) or (answer == "skip" and reason not in REASONS):
+            return _problem(400, f"an answer is one of left, right, tie, both_bad, or skip with {', '.join(REASONS)}")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+            return _problem(400, "`seconds` must be a number from 0 on")
+        async with busy:
+            study.vote(rater, task, answer, key=key, reason=reason, seconds=float(seconds))
+            return JSONResponse(_state(study, rater))
+
+    async def undo(request: Request) -> Response:
+        rater = _known_rater(request)
+        async with busy:
+            task = study.undo(rater)
+            return JSONResponse({"undone": _shown(task)} | _state(study, rater))
+
+    async def image(request: Request) -> Response:
+        name = request.path_params["name"]
+        file = folder / IMAGES / f"{name}.png"
+        if not re.fullmatch(r"[0-9a-f]{32}", name) or not file.exists():
+            return _problem(404, "there is no such image here")
+        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
+
+    async def asset(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _ASSETS:
+            return _problem(404, "there is no such file here")
+        home = Path(__file__).parents[1] / ("report" if name == "report.css" else "label")
+        return FileResponse(home / name, media_type=_ASSETS[name])
+
+    async def results(request: Request) -> Response:
+        async with busy:
+            return page("results.html.j2", rater=_rater(request), results=results_of(study))
+
+    routes = [
+        Route("/", home),
+        Route("/name", name, methods=["POST"]),
+        Route("/next", upcoming),
+        Route("/vote", vote, methods=["POST"]),
+        Route("/undo", undo, methods=["POST"]),
+        Route("/results", results),
+        Route("/image/{name}", image),
+        Route("/static/{name}", asset),
+    ]
+    handlers: Any = {
+        UnknownTask: lambda request, error: _problem(404, str(error)),
+        _BadRequest: lambda request, error: _problem(error.status, str(error)),
+        OSError: _disk_problem,
+        404: lambda request, error: _problem(404, "there is no such page here"),
+        405: lambda request, error: _problem(405, "this page takes other requests"),
+    }
+    return Starlette(
+        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)], exception_handlers=handlers
+    )
+
+
+class _BadRequest(ValueError):  # noqa: N818 - it names the request
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def _refusal(request: Request, token: str, hosts: frozenset[str]) -> Response | None:
+    """Return why a request is not answered, None where it is."""
+    if request.headers.get("host", "").lower() not in hosts:
+        return _problem(403, "this address is not ours")
+    origin = request.headers.get("origin")
+    if request.method == "POST" and (origin is None or origin.partition("://")[2].lower() not in hosts):
+        return _problem(403, "a vote must come from our own page")
+    given = request.query_params.get("token") or request.cookies.get(_cookie("token", request), "")
+    if not secrets.compare_digest(given.encode(), token.encode()):
+        return _problem(403, "open the address that `diffusion-dpo label` has printed, with its token")
+    return None
+
+
+def _cookie(name: str, request: Request) -> str:
+    """Cookies know no ports: two studies on one machine keep theirs apart by name."""
+    return f"{name}-{request.url.port or 80}"
+
+
+def _rater(request: Request) -> str | None:
+    try:
+        name = bytes.fromhex(request.cookies.get(_cookie("rater", request), "")).decode()
+    except ValueError:
+        return None
+    return name if _NAME.fullmatch(name) else None
+
+
+def _known_rater(request: Request) -> str:
+    rater = _rater(request)
+    if rater is None:
+        raise _BadRequest(401, "say your name first: reload the page")
+    return rater
+
+
+async def _body(request: Request) -> dict[str, Any]:
+    """Return the JSON object that a request brings; raises _BadRequest for anything else, and for much of it."""
+    data = b""
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > _MOST_BYTES:
+            raise _BadRequest(413, f"a request may bring {_MOST_BYTES} bytes")
+    try:
+        found = json.loads(data or b"{}")
+    except ValueError:
+        raise _BadRequest(400, "the request is not JSON") from None
+    if not isinstance(found, dict):
+        raise _BadRequest(400, "the request must be a JSON object")
+    return found
+
+
+def _state(study: Study, rater: str) -> dict[str, Any]:
+    tasks = study.tasks(rater, _AHEAD)
+    done, total = study.progress(rater)
+    return {"tasks": [_shown(task) for task in tasks], "done": done, "total": total}
+
+
+def _shown(task: Task) -> dict[str, Any]:
+    """All that the page may know of a question before it is answered."""
+    return {"task": task.id, "prompt": words.clean(task.item.prompt), "images": list(task.images)}
+
+
+def _problem(status: int, text: str) -> Response:
+    return JSONResponse({"error": text}, status_code=status)
+
+
+def _disk_problem(request: Request, error: Exception) -> Response:
+    """Say that a vote could not be written; it is not in the log, and the page keeps it and tries again."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return _problem(507, "the disk is full: the vote is kept in this page and sent again once there is room")
+    return _problem(500, f"the vote could not be written: {error}")

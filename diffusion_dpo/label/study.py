@@ -1,0 +1,213 @@
+"""Who is asked what, and on which side: a function of items, raters and the log, so that a restart changes nothing."""
+
+import functools
+import hashlib
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusion_dpo.data.votes import CHOICES, standing
+from diffusion_dpo.label.items import Item
+from diffusion_dpo.label.log import Log
+from diffusion_dpo.settings import LabelConfig
+
+Kind = Literal["pair", "repeat", "check"]
+SIDES = ("left", "right")
+REASONS = ("corrupt", "off-prompt", "unsafe", "other")
+_APART = 10
+"""Votes between a pair and its repeat, where there are that many."""
+
+
+class UnknownTask(ValueError):  # noqa: N818 - it names what the page asked for
+    """A vote for something that nobody was asked, or an undo of nothing."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question to one rater. `left` is which image of the item stands on the left."""
+
+    item: Item
+    kind: Kind
+    left: Literal["first", "second"]
+
+    @property
+    def id(self) -> str:
+        """What the page calls it: it says neither which kind it is nor which side."""
+        return _task_id(self.item, self.kind)
+
+    @property
+    def images(self) -> tuple[str, str]:
+        """The names of the left and the right image."""
+        second = self.item.ruined_image if self.kind == "check" else self.item.second_image
+        both = (self.item.first_image, second)
+        return both if self.left == "first" else both[::-1]
+
+
+class Study:
+    """The state of a labelling: the log, replayed, and who has what before them. Used from one thread."""
+
+    def __init__(
+        self, config: LabelConfig, items: Sequence[Item], log: Log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Replay the log; `clock` gives seconds."""
+        self.config = config
+        self.items = {item.id: item for item in items}
+        self._known: dict[str, tuple[Item, Kind]] = {
+            _task_id(item, kind): (item, kind)
+            for item in items
+            for kind in ("pair", "repeat", *(["check"] if item.ruined_image else []))  # type: ignore[misc]
+        }
+        self._log = log
+        self._clock = clock
+        self._leases: dict[str, tuple[str, float]] = {}
+        """By item: the rater and until when."""
+        self._votes: dict[str, dict[str, dict[str, Any]]] = {}
+        """By rater and task id: the vote that stands, in order."""
+        self._raters: dict[str, set[str]] = {}
+        """By item: who has voted on it."""
+        self._replay()
+
+    def tasks(self, rater: str, amount: int) -> list[Task]:
+        """Return what a rater is to be asked next, and keep the pairs among it from others for a while."""
+        done = self._votes.get(rater, {})
+        upcoming: list[Task] = []
+        now = self._clock()
+        for task in self._schedule(rater):
+            if len(upcoming) == amount:
+                break
+            if task.id in done or (task.kind == "pair" and not self._is_free(task.item.id, rater, now)):
+                continue
+            if task.kind == "pair":
+                self._leases[task.item.id] = (rater, now + self.config.lease_seconds)
+            upcoming.append(task)
+        return upcoming
+
+    def vote(self, rater: str, task_id: str, answer: str, *, key: str, reason: str, seconds: float) -> None:
+        """Record an answer: left, right, tie, both_bad or skip. The same key again changes nothing.
+
+        Raises UnknownTask, and OSError when the disk does not take the vote.
+        """
+        if any(vote["key"] == key for vote in self._votes.get(rater, {}).values()):
+            return
+        task = self._task(rater, task_id)
+        if task_id in self._votes.get(rater, {}):
+            raise UnknownTask("this pair has your vote already; press u to take it back first")
+        choice = answer
+        if answer in SIDES:
+            choice = task.left if answer == "left" else ("second" if task.left == "first" else "first")
+        if choice not in CHOICES:
+            raise UnknownTask(f"there is no answer {answer!r}; it is one of left, right, tie, both_bad, skip")
+        event = {
+            "event": "vote",
+            "key": key,
+            "rater": rater,
+            "item": task.item.id,
+            "kind": task.kind,
+            "left": task.left,
+            "answer": answer,
+            "choice": choice,
+            "reason": reason if answer == "skip" else "",
+            "seconds": round(seconds, 3),
+            "time": round(time.time(), 3),
+        }
+        self._log.append(event)
+        self._add(event)
+
+    def undo(self, rater: str) -> Task:
+        """Take a rater's last vote back and return what it was on; raises UnknownTask where there is none."""
+        votes = self._votes.get(rater)
+        if not votes:
+            raise UnknownTask("there is no vote of yours to take back")
+        task_id, last = next(reversed(votes.items()))
+        task = self._task(rater, task_id)
+        self._log.append({"event": "undo", "vote": last["key"], "rater": rater, "time": round(time.time(), 3)})
+        del votes[task_id]
+        if last["kind"] == "pair":
+            self._raters[last["item"]].discard(rater)
+            self._leases[last["item"]] = (rater, self._clock() + self.config.lease_seconds)
+        return task
+
+    def progress(self, rater: str) -> tuple[int, int]:
+        """Return how many questions a rater has answered, and how many there are for them, answered ones included."""
+        done = self._votes.get(rater, {})
+        now = self._clock()
+        left = sum(
+            1
+            for task in self._schedule(rater)
+            if task.id not in done and (task.kind != "pair" or self._is_free(task.item.id, rater, now))
+        )
+        return len(done), len(done) + left
+
+    def _schedule(self, rater: str) -> list[Task]:
+        """Return all tasks of a rater in order: pairs, each repeat a while after its pair, and checks among them."""
+        order = sorted(self.items.values(), key=lambda item: self._chance("order", item.id, "everyone"))
+        voted = [self.items[vote["item"]] for vote in self._votes.get(rater, {}).values() if vote["kind"] == "pair"]
+        rest = [item for item in order if rater not in self._raters.get(item.id, ())]
+        due: dict[int, list[Task]] = defaultdict(list)
+        for place, item in enumerate([*voted, *rest]):
+            if self._chance("repeat", item.id, rater) < self.config.repeat_share:
+                due[min(place + _APART, len(voted) + len(rest) - 1)].append(self._make(item, "repeat", rater))
+            if item.ruined_image:
+                due[place].append(self._make(item, "check", rater))
+        tasks: list[Task] = []
+        for place, item in enumerate([*voted, *rest]):
+            tasks.append(self._make(item, "pair", rater))
+            tasks += due[place]
+        return tasks
+
+    def _make(self, item: Item, kind: Kind, rater: str) -> Task:
+        left_is_first = self._chance("side", item.id, rater) < 0.5
+        if kind == "check":
+            left_is_first = self._chance("check", item.id, rater) < 0.5
+        return Task(item, kind, "first" if left_is_first == (kind != "repeat") else "second")
+
+    def _task(self, rater: str, task_id: str) -> Task:
+        if task_id not in self._known:
+            raise UnknownTask("there is no such pair here; reload the page")
+        return self._make(*self._known[task_id], rater)
+
+    def _is_free(self, item: str, rater: str, now: float) -> bool:
+        """Whether an item still lacks votes, counting those that others are about to give."""
+        voters = self._raters.get(item, set())
+        holder, until = self._leases.get(item, (rater, now))
+        pending = holder != rater and until > now and holder not in voters
+        return rater not in voters and len(voters) + pending < self.config.votes_per_pair
+
+    def _chance(self, use: str, item: str, rater: str) -> float:
+        return _chance(self.config.seed, use, item, rater)
+
+    def _replay(self) -> None:
+        for event in standing(self._log.events):
+            if event["item"] in self.items:
+                self._add(event)
+
+    def _add(self, event: dict[str, Any]) -> None:
+        rater, item = event["rater"], self.items[event["item"]]
+        task = self._make(item, event["kind"], rater)
+        self._votes.setdefault(rater, {})[task.id] = event
+        if event["kind"] == "pair":
+            self._raters.setdefault(item.id, set()).add(rater)
+            if self._leases.get(item.id, ("", 0))[0] == rater:
+                del self._leases[item.id]
+
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the votes that stand, in order of time."""
+        return [vote for vote in standing(self._log.events) if vote["item"] in self.items]
+
+    def counts(self) -> Counter[str]:
+        """Return how many votes stand, by kind."""
+        return Counter(vote["kind"] for votes in self._votes.values() for vote in votes.values())
+
+
+def _task_id(item: Item, kind: Kind) -> str:
+    return hashlib.sha256(f"{item.id} {kind}".encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1_000_000)
+def _chance(seed: int, use: str, item: str, rater: str) -> float:
+    """Return a number in [0, 1) that only what it is for decides."""
+    digest = hashlib.sha256(json.dumps([seed, use, item, rater]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
