@@ -148,7 +148,7 @@ def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> C
             marks.append((left + (place + 0.5) * step + aside, Whisker(*map(up, (it.win_rate, *ends)))))
         points = [f"{x:.1f} {mark.mean:.1f}" for x, mark in filter(None, marks)]
         lines.append(Line(rows[0].name, marks, f"M {' L '.join(points)}" if points else ""))
-    every = -(-len(models) // 8)
+    every = -(-len(models) // 4)  # so that names do not run into each other on a phone
     names = [Tick(left + (i + 0.5) * step, shorten(name, 14)) for i, name in enumerate(models) if i % every == 0]
     return Curve(lines, names, [Tick(up(it), percent(it)) for it in _nice_ticks(low, high, 4)], up(0.5))
 

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from diffusion_dpo.files import atomic_path, write_json
-from diffusion_dpo.report import BASELINE, Gallery, MetricResult, MetricScores, ModelFacts, Report, Sign, charts, words
+from diffusion_dpo.report import (
+    BASELINE,
+    Gallery,
+    MetricResult,
+    MetricScores,
+    ModelFacts,
+    Pair,
+    Report,
+    Sign,
+    charts,
+    words,
+)
 from diffusion_dpo.report import gallery as pictures
 from diffusion_dpo.report.gallery import SMALL_PX, Wall
 from diffusion_dpo.report.markdown import headline_table, render_markdown
@@ -67,7 +78,7 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery, wal
         overview=_overview(report) if len(report.models) > 1 else None,
         metrics=[metric.name for metric in scores],
         categories=_categories(report),
-        cards=_cards(wall, gallery),
+        cards=_cards(report, scores, wall, gallery),
         wall=wall,
         embedded=embedded,
         pixelated=max(wall.width_px, wall.height_px) <= SMALL_PX,
@@ -237,12 +248,22 @@ def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
 # --- the images ------------------------------------------------------------------------------------------------------
 
 
-def _cards(wall: Wall, gallery: Gallery) -> list[dict[str, Any]]:
+def _cards(report: Report, scores: Sequence[MetricScores], wall: Wall, gallery: Gallery) -> list[dict[str, Any]]:
+    """What the cards say before the page's script sorts them: the headline's metric of the first model."""
+    head = words.headline(report)
+    values = next(metric.values for metric in scores if metric.name == head.name)
+    places = words.places_of(head)
+
+    def say(pair: Pair) -> str:
+        before, after = (_finite(values[name][pair]) for name in (BASELINE, head.model))
+        return f"{head.name} {words.number(before, places)} \u2192 {words.number(after, places)}"
+
     return [
         {
             "number": number,
             "prompt": words.clean(gallery.prompts[shown.pair.prompt]),
             "seed": gallery.seeds[shown.pair.prompt][shown.pair.seed],
+            "scores": say(shown.pair),
             "sources": shown.sources,
         }
         for number, shown in enumerate(wall.shown)
