@@ -14,6 +14,7 @@ FOREST_WIDTH_PX, FOREST_HEIGHT_PX = 260, 28
 CELL_WIDTH_PX = 120
 """Of a forest plot in a cell of a table that has one in every column."""
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 240
+CURVE_LEFT_PX = 56
 HISTOGRAM_WIDTH_PX, HISTOGRAM_HEIGHT_PX = 560, 210
 SCATTER_SIDE_PX = 260
 _PADDING_PX = 10
@@ -126,7 +127,7 @@ def standardised(result: MetricResult) -> tuple[float, float, float] | None:
 
 def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> Curve:
     """Place the win rates of metrics (one list each, a result a model); models stand in their order, evenly."""
-    left, right, top, base = 44, CURVE_WIDTH_PX - 16, 14, CURVE_HEIGHT_PX - 30
+    left, right, top, base = CURVE_LEFT_PX, CURVE_WIDTH_PX, 14, CURVE_HEIGHT_PX - 30
     known = [
         v for rows in metrics for it in rows for v in (it.win_rate, *(it.win_rate_interval or ())) if v is not None
     ]
