@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_dpo.report import BASELINE, MetricScores, Pair, Report, html
+from diffusion_dpo.report import BASELINE, Gallery, MetricScores, ModelFacts, Pair, Report, html
 from diffusion_dpo.report.gallery import ASSETS, choose_pairs, disagreement, embed
+from diffusion_dpo.report.statistics import summarise_all
 from tests.browser import HOSTILE, Elements
 from tests.report.comparison import SEEDS, make_comparison, png
 
@@ -146,3 +147,24 @@ def test_images_beside_the_page_are_whole_kept_and_cleared(tmp_path: Path) -> No
     assert times == {path: path.stat().st_mtime_ns for path in stranger.parent.glob("*.png")}, "made again"
     html.write_report(tmp_path, report, scores, gallery, embed=True)
     assert [path.name for path in stranger.parent.iterdir()] == ["holiday.webp"]
+
+
+@pytest.mark.parametrize("fill", [0.5, np.nan])
+def test_the_barest_comparison_makes_a_report(tmp_path: Path, fill: float) -> None:
+    picture = png(Image.new("RGB", (16, 16)))
+    values = {name: np.full((1, 1), fill) for name in (BASELINE, "tuned")}
+    scores = [MetricScores("m", "human", True, values, auxiliary=True)]
+    facts = [ModelFacts(name=name, description="", weights="") for name in values]
+    report = Report(
+        num_prompts=1,
+        seeds_per_prompt=1,
+        baseline=facts[0],
+        models=(facts[1],),
+        results=tuple(summarise_all(scores, [""])),
+        methods={},
+        made_with={},
+    )
+    gallery = Gallery([""], [""], [[7]], lambda pairs: {pair: dict.fromkeys(values, picture) for pair in pairs})
+    page = html.write_report(tmp_path, report, scores, gallery, embed=True).read_text("utf-8")
+    assert ("m is the same for both" if fill == 0.5 else "no pair could be scored with m") in page
+    assert "NaN" not in page and "nan" not in (tmp_path / "report.md").read_text("utf-8")

@@ -114,6 +114,30 @@ def test_both_images_are_zoomed_and_moved_alike(page: Page) -> None:
     expect(page.locator("#factor")).to_have_text("1.5\u00d7")
 
 
+def test_two_fingers_zoom_both_images(chromium: Browser, path: Path) -> None:
+    context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page = context.new_page()
+    page.goto(path.as_uri())
+    page.locator("#cards button").first.tap()
+    page.get_by_text("Side by side").tap()
+    box = page.locator("#stage .frame").first.bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    device = context.new_cdp_session(page)
+
+    def touch(kind: str, apart: float | None = None) -> None:
+        points = [] if apart is None else [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
+        device.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 10)
+    for apart in range(12, 32, 2):
+        touch("touchMove", apart)
+    touch("touchEnd")
+    expect(page.locator("#factor")).to_have_text("3\u00d7")
+    assert style(page, "#zoom-left", "transform") == style(page, "#zoom-right", "transform")
+    context.close()
+
+
 def test_the_slider_uncovers(page: Page) -> None:
     page.locator("#cards button").first.click()
     box = page.locator("#stage").bounding_box()
