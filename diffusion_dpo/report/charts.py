@@ -14,6 +14,7 @@ FOREST_WIDTH_PX, FOREST_HEIGHT_PX = 260, 28
 CELL_WIDTH_PX = 120
 """Of a forest plot in a cell of a table that has one in every column."""
 CURVE_WIDTH_PX, CURVE_HEIGHT_PX = 560, 240
+CURVE_LEFT_PX = 56
 HISTOGRAM_WIDTH_PX, HISTOGRAM_HEIGHT_PX = 560, 210
 SCATTER_SIDE_PX = 260
 _PADDING_PX = 10
@@ -126,8 +127,10 @@ def standardised(result: MetricResult) -> tuple[float, float, float] | None:
 
 def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> Curve:
     """Place the win rates of metrics (one list each, a result a model); models stand in their order, evenly."""
-    left, right, top, base = 44, CURVE_WIDTH_PX - 16, 14, CURVE_HEIGHT_PX - 30
-    known = [v for rows in metrics for it in rows for v in (it.win_rate, *(it.win_rate_interval or ())) if v is not None]
+    left, right, top, base = CURVE_LEFT_PX, CURVE_WIDTH_PX, 14, CURVE_HEIGHT_PX - 30
+    known = [
+        v for rows in metrics for it in rows for v in (it.win_rate, *(it.win_rate_interval or ())) if v is not None
+    ]
     low, high = math.floor(10 * min([0.4, *known])) / 10, math.ceil(10 * max([0.6, *known])) / 10
     step = (right - left) / max(1, len(models))
 
@@ -135,8 +138,8 @@ def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> C
         return base - (value - low) / (high - low) * (base - top)
 
     lines = []
-    for number, rows in enumerate(metrics):
-        aside = (number - (len(metrics) - 1) / 2) * min(9.0, step / (len(metrics) + 1))
+    for series, rows in enumerate(metrics):
+        aside = (series - (len(metrics) - 1) / 2) * min(9.0, step / (len(metrics) + 1))
         marks: list[tuple[float, Whisker] | None] = []
         for place, it in enumerate(rows):
             if it.win_rate is None:
@@ -146,7 +149,7 @@ def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> C
             marks.append((left + (place + 0.5) * step + aside, Whisker(*map(up, (it.win_rate, *ends)))))
         points = [f"{x:.1f} {mark.mean:.1f}" for x, mark in filter(None, marks)]
         lines.append(Line(rows[0].name, marks, f"M {' L '.join(points)}" if points else ""))
-    every = -(-len(models) // 8)
+    every = -(-len(models) // 4)  # so that names do not run into each other on a phone
     names = [Tick(left + (i + 0.5) * step, shorten(name, 14)) for i, name in enumerate(models) if i % every == 0]
     return Curve(lines, names, [Tick(up(it), percent(it)) for it in _nice_ticks(low, high, 4)], up(0.5))
 
@@ -180,7 +183,7 @@ def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) 
                 label,
             )
         )
-    ticks = [Tick(place(value), number(value, places, signed=True)) for value in _nice_ticks(-limit, limit)]
+    ticks = [Tick(place(it), label) for it, label in _labelled_ticks(-limit, limit, 5, signed=True)]
     whisker = None
     if result.mean_difference is not None and result.mean_difference_interval is not None:
         whisker = Whisker(*(place(value) for value in (result.mean_difference, *result.mean_difference_interval)))
@@ -226,8 +229,8 @@ def chance(value: float, interval: tuple[float, float] | None) -> Whisker:
     return Whisker(*(_PADDING_PX + it * (FOREST_WIDTH_PX - 2 * _PADDING_PX) for it in (value, low, high)))
 
 
-def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places: int | None) -> Scatter:
-    """Place every prompt with both means, of the baseline and of the model; prompts that fall on one spot become one larger dot."""
+def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult) -> Scatter:
+    """Place every prompt with both means, the baseline's and the model's; those on one spot become one dot."""
     both = np.isfinite(before) & np.isfinite(after)
     before, after = before[both], after[both]
     low = float(min(before.min(initial=math.inf), after.min(initial=math.inf)))
@@ -253,7 +256,7 @@ def scatter(before: np.ndarray, after: np.ndarray, result: MetricResult, places:
         )
         for (x, y, kind), amount in sorted(spots.items(), key=lambda item: -item[1])
     ]
-    ticks = [Tick(place(value), number(value, places)) for value in _nice_ticks(low, high, 4)]
+    ticks = [Tick(place(it), label) for it, label in _labelled_ticks(low, high, 4)]
     return Scatter(dots, ticks, [Tick(SCATTER_SIDE_PX - tick.at, tick.label) for tick in ticks], start, end)
 
 
@@ -265,6 +268,18 @@ def _kind(difference: float, result: MetricResult, tolerance: float = 0.0) -> st
 
 def _snap(position: float) -> float:
     return round(position / _SCATTER_GRID_PX) * _SCATTER_GRID_PX
+
+
+def _labelled_ticks(low: float, high: float, about: int, *, signed: bool = False) -> list[tuple[float, str]]:
+    """Return round numbers within [low, high] with as many decimals as tell them apart."""
+    values = _nice_ticks(low, high, about)
+    step = values[1] - values[0] if len(values) > 1 else high - low
+    places: int | None = max(0, math.ceil(-math.log10(step) - 1e-9))
+    if places is not None and abs(step * 10**places - round(step * 10**places)) > 1e-6:
+        places += 1  # a step of 2.5
+    if places is not None and places > 6:
+        places = None
+    return [(value, number(value, places, signed=signed)) for value in values]
 
 
 def _nice_ticks(low: float, high: float, about: int = 5) -> list[float]:

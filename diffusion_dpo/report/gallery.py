@@ -26,7 +26,7 @@ BUDGET_BYTES = 10_000_000
 """Of encoded images; base64 adds a third."""
 SMALL_PX = 128
 """Up to this side, images are kept as they are and enlarged pixel by pixel."""
-_LADDER = ((768, 85), (640, 82), (512, 80), (384, 78), (256, 72), (192, 60))
+_LADDER = ((768, 85), (640, 82), (512, 80), (448, 79), (384, 78), (320, 75), (256, 72), (192, 60))
 """(longest side in px, WebP quality), best first."""
 _WEBP_BYTES_PER_PIXEL = 0.3
 """Of a detailed photograph; most need a third of it."""
@@ -110,7 +110,10 @@ def embed(images: Sequence[tuple[Pair, Encoded]], *, budget_bytes: int = BUDGET_
     """
     assert images
     width, height = _open(_first(images)).size
-    if max(width, height) <= SMALL_PX and sum(len(data) for _, all_ in images for data in all_.values()) <= budget_bytes:
+    if (
+        max(width, height) <= SMALL_PX
+        and sum(len(data) for _, all_ in images for data in all_.values()) <= budget_bytes
+    ):
         kept = [(pair, tuple(all_.values())) for pair, all_ in images]
         note = "Images are inside this file, exactly as they were drawn."
     else:
@@ -155,7 +158,9 @@ def write_assets(folder: Path, pairs: Sequence[Pair], gallery: Gallery) -> Wall:
     wanted = {name for names in found.values() for name in names}
     clear_assets(folder, keep=wanted)
     num_bytes = sum((assets / name).stat().st_size for name in wanted)
-    note = f"Images are files in {ASSETS}/ beside this page, which belongs to it; the originals are in the Parquet files."
+    note = (
+        f"Images are files in {ASSETS}/ beside this page, which belongs to it; the originals are in the Parquet files."
+    )
     shown = tuple(Shown(pair, tuple(f"{ASSETS}/{name}" for name in found[pair])) for pair in pairs)
     return Wall(shown, *size, num_bytes, note)
 

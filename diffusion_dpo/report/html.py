@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from diffusion_dpo.files import atomic_path, write_json
-from diffusion_dpo.report import BASELINE, Gallery, MetricResult, MetricScores, ModelFacts, Report, Sign, charts, words
+from diffusion_dpo.report import (
+    BASELINE,
+    Gallery,
+    MetricResult,
+    MetricScores,
+    ModelFacts,
+    Pair,
+    Report,
+    Sign,
+    charts,
+    words,
+)
 from diffusion_dpo.report import gallery as pictures
 from diffusion_dpo.report.gallery import SMALL_PX, Wall
 from diffusion_dpo.report.markdown import headline_table, render_markdown
@@ -19,6 +30,8 @@ from diffusion_dpo.report.statistics import pair_differences, prompt_means
 
 _GROUPS = {"held_out": "Held out", "human": "People", "related": "Related", "trained_on": "Trained on"}
 _MAX_CATEGORIES = 24
+_MAX_LINES = 4
+"""Of a curve."""
 _LONG = 600
 """Characters of a prompt above which it is cut short until asked for."""
 
@@ -65,7 +78,7 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery, wal
         overview=_overview(report) if len(report.models) > 1 else None,
         metrics=[metric.name for metric in scores],
         categories=_categories(report),
-        cards=_cards(wall, gallery),
+        cards=_cards(report, scores, wall, gallery),
         wall=wall,
         embedded=embedded,
         pixelated=max(wall.width_px, wall.height_px) <= SMALL_PX,
@@ -113,8 +126,8 @@ def paired_means(metric: MetricScores, model: str) -> tuple[np.ndarray, np.ndarr
     """Return each prompt's mean of the baseline, the model and the difference, over pairs that are scored on both."""
     differences = pair_differences(metric, model)
     known = np.isfinite(differences)
-    both = (prompt_means(np.where(known, metric.values[name], np.nan)) for name in (BASELINE, model))
-    return *both, prompt_means(differences)
+    baseline, other = (prompt_means(np.where(known, metric.values[name], np.nan)) for name in (BASELINE, model))
+    return baseline, other, prompt_means(differences)
 
 
 # --- the parts of the page -------------------------------------------------------------------------------------------
@@ -126,6 +139,8 @@ class Row:
 
     result: MetricResult
     whisker: charts.Whisker | None
+    places: int | None
+    """The decimals of its numbers, the same in a whole column."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,8 @@ def _block(report: Report, number: int, scores: Sequence[MetricScores]) -> Block
     signs = [sign for sign in report.signs if sign.model == facts.name]
     told = {sign.name for sign in signs}
     shown = sorted((it for it in results if not (it.auxiliary and it.name in told)), key=words.rank)
-    rows = [Row(*row) for row in zip(shown, charts.forest(shown), strict=True)]
+    places = [words.places_of(result) for result in shown]
+    rows = [Row(*row) for row in zip(shown, charts.forest(shown), places, strict=True)]
     groups = [
         (title, [row for row in rows if not row.result.auxiliary and row.result.role == role])
         for role, title in _GROUPS.items()
@@ -192,7 +208,7 @@ def _by_category(report: Report, model: str, metrics: Sequence[str]) -> list[tup
     columns = []
     for name in metrics:
         results = [found[name, category] for category in categories]
-        columns.append([Row(*row) for row in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)])
+        columns.append(_column(results, words.places_of(found[name, ""])))
     return [
         (category, report.categories[category], [column[i] for column in columns])
         for i, category in enumerate(categories)
@@ -203,15 +219,20 @@ def _overview(report: Report) -> dict[str, Any]:
     """All models by the main metrics: a table with a forest plot in every cell, and the curves of their win rates."""
     names = [it.name for it in _columns(sorted(report.of(report.models[0].name), key=words.rank))]
     found = {(it.model, it.name): it for it in report.results if not it.category}
-    columns = []
-    for name in names:
-        results = [found[model.name, name] for model in report.models]
-        columns.append([Row(*row) for row in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)])
-    rows = [(model, [column[i] for column in columns]) for i, model in enumerate(report.models)]
-    lines = [[row.result for row in column] for column in columns[:4]]
-    return {"columns": [column[0].result for column in columns], "rows": rows, "curve": charts.curve(
-        [model.name for model in report.models], lines
-    )}
+    by_metric = [[found[model.name, name] for model in report.models] for name in names]
+    columns = [_column(results, words.places_of(results[0])) for results in by_metric]
+    return {
+        "columns": [results[0] for results in by_metric],
+        "rows": [(model, [column[i] for column in columns]) for i, model in enumerate(report.models)],
+        "curve": charts.curve([model.name for model in report.models], by_metric[:_MAX_LINES]),
+    }
+
+
+def _column(results: Sequence[MetricResult], places: int | None) -> list[Row]:
+    """Results of one metric on one axis, with the same decimals."""
+    return [
+        Row(it, mark, places) for it, mark in zip(results, charts.forest(results, charts.CELL_WIDTH_PX), strict=True)
+    ]
 
 
 def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
@@ -220,19 +241,29 @@ def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
     return {
         "result": result,
         "histogram": charts.histogram(differences, result, places),
-        "scatter": charts.scatter(baseline, model, result, places),
+        "scatter": charts.scatter(baseline, model, result),
     }
 
 
 # --- the images ------------------------------------------------------------------------------------------------------
 
 
-def _cards(wall: Wall, gallery: Gallery) -> list[dict[str, Any]]:
+def _cards(report: Report, scores: Sequence[MetricScores], wall: Wall, gallery: Gallery) -> list[dict[str, Any]]:
+    """What the cards say before the page's script sorts them: the headline's metric of the first model."""
+    head = words.headline(report)
+    values = next(metric.values for metric in scores if metric.name == head.name)
+    places = words.places_of(head)
+
+    def say(pair: Pair) -> str:
+        before, after = (_finite(values[name][pair]) for name in (BASELINE, head.model))
+        return f"{head.name} {words.number(before, places)} \u2192 {words.number(after, places)}"
+
     return [
         {
             "number": number,
             "prompt": words.clean(gallery.prompts[shown.pair.prompt]),
             "seed": gallery.seeds[shown.pair.prompt][shown.pair.seed],
+            "scores": say(shown.pair),
             "sources": shown.sources,
         }
         for number, shown in enumerate(wall.shown)
@@ -258,7 +289,9 @@ def _data(
             }
             for prompt in prompts
         ],
-        "cards": [[row_of[it.pair.prompt], str(gallery.seeds[it.pair.prompt][it.pair.seed])] for it in wall.shown],
+        "cards": [
+            [row_of[prompt], str(gallery.seeds[prompt][seed]), seed] for prompt, seed in (it.pair for it in wall.shown)
+        ],
         "sources": None if embedded else [it.sources for it in wall.shown],
         "disagreement": [[_short(values[it.pair]) for it in wall.shown] for values in spread],
         "metrics": [

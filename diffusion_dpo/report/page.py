@@ -15,8 +15,8 @@ def fill(template: str, *, style: str, script: str = "", images: str = "data:", 
     """Return a page: a template of this folder, filled; `style` and `script` are texts of ours, and stay raw.
 
     The template finds them, and a content security policy that allows nothing else, as `style`, `script` and `policy`.
-    `images` says where images may come from: `data:`, or `'self'`, files beside the page, which Chromium and Firefox
-    hold to be the same origin when a page is opened from disk.
+    `images` says where images may come from: `data:`, or `'self'` for files beside the page, which Chromium allows a
+    page that is opened from disk, too.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"clean": words.clean, "percent": words.percent, "shorten": words.shorten}
@@ -31,7 +31,7 @@ def asset(name: str) -> str:
 
 
 def _policy(style: str, script: str, images: str) -> str:
-    """The content security policy: our own style and script by their hash, images from where they are, nothing else."""
+    """The content security policy: our own style and script by their hash, images from one place, nothing else."""
     rules = [
         "default-src 'none'",
         f"script-src '{_sha256(script)}'" if script else "script-src 'none'",

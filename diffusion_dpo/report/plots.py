@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 NAMES = ("metrics.png", "histogram.png", "categories.png", "models.png")
 _BETTER, _WORSE, _SAME, _INK, _SOFT, _LINE = "#14699b", "#bf4e12", "#b3afa5", "#1c1b19", "#6a6760", "#e5e2da"
-_SERIES = ("#14699b", "#bf4e12", "#3f7d4e", "#7a5195")
+_SERIES = ("#1c1b19", "#9a6bb5", "#4f9a5f", "#b3872a")
 _COLORS = {"better": _BETTER, "worse": _WORSE, "same": _SAME, "unclear": _SOFT}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "text.parse_math": False,  # names are not formulas
@@ -34,6 +34,8 @@ _STYLE = {
     "xtick.color": _SOFT,
     "ytick.color": _INK,
     "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
     "savefig.dpi": 160,
 }
 _MAX_ROWS = 24

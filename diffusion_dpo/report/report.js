@@ -144,10 +144,10 @@ function show(number, { keep = false } = {}) {
   const text = byId("zoom-prompt");
   text.textContent = prompt.text.length > LONG ? `${prompt.text.slice(0, LONG)}…` : prompt.text;
   byId("whole").hidden = prompt.text.length <= LONG;
-  byId("zoom-facts").textContent = `Prompt ${prompt.number}${prompt.category ? ` · ${prompt.category}` : ""} · seed`;
-  const siblings = data.cards.flatMap((other, n) => (other[0] === row ? [n] : []));
+  byId("zoom-facts").textContent = `Prompt ${prompt.number}${prompt.category ? ` · ${prompt.category}` : ""} · seed ${seed}`;
+  const siblings = data.cards.flatMap((other, n) => (other[0] === row ? [n] : [])).sort((a, b) => data.cards[a][2] - data.cards[b][2]);
   byId("seeds").replaceChildren(...siblings.map((n) => {
-    const button = element("button", "quiet", data.cards[n][1]);
+    const button = element("button", "quiet", `Seed ${data.cards[n][2] + 1}`);
     button.type = "button";
     button.dataset.card = n;
     if (n === number) button.setAttribute("aria-current", "true");

@@ -4,7 +4,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-from diffusion_dpo.report import Interval, MetricResult, ModelFacts, Report
+from diffusion_dpo.report import Interval, MetricResult, ModelFacts, Report, Sign
 
 MINUS = "\u2212"
 NBSP = "\u00a0"
@@ -120,7 +120,7 @@ def sentence(report: Report, result: MetricResult) -> str:
 
 
 def claim(report: Report, result: MetricResult) -> str:
-    """Return the result without its interval: `On 64 prompts, clip rose from 0.71 to 0.79`, and which model's it is."""
+    """Return the result without its interval, and whose it is: `On 64 prompts, clip rose from 0.71 to 0.79`."""
     among = f" with {result.model}" if len(report.models) > 1 else ""
     return f"On {count(report.num_prompts, report.prompt_set)}{among}, {lead(result)}"
 
@@ -218,6 +218,12 @@ def power(report: Report) -> str:
         f"To be shown in four comparisons of five, a win rate of {listed(needed)}, judged by "
         f"{headline(report).name}; this comparison has {report.num_prompts:,}."
     )
+
+
+def sign_name(sign: Sign) -> str:
+    """Return what a sign is about, in a word or two."""
+    known = {"trained_on_only": "judges", "implicit_accuracy": "held-out pairs", "distance": "distance moved"}
+    return known.get(sign.name, sign.name.replace("_", " "))
 
 
 def capital(report: Report, text: str) -> str:

@@ -1,4 +1,4 @@
-"""A comparison of two models with the baseline, of scenes of the pocket world, with hostile texts wherever text goes."""
+"""A comparison on scenes of the pocket world, with hostile texts wherever text of the user's goes."""
 
 import io
 

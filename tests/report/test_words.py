@@ -3,31 +3,41 @@
 import numpy as np
 import pytest
 
-from diffusion_dpo.report import MetricScores, Report, Role, words
-from diffusion_dpo.report.statistics import METHODS, summarise
+from diffusion_dpo.report import BASELINE, MetricScores, ModelFacts, Report, Role, Sign, words
+from diffusion_dpo.report.statistics import METHODS, summarise_all
 
 
-def report(*metrics: MetricScores) -> Report:
-    num_prompts, seeds = metrics[0].before.shape
-    return Report(
+def report(*metrics: MetricScores, **more: object) -> Report:
+    num_prompts, seeds = metrics[0].values[BASELINE].shape
+    names = list(metrics[0].values)
+    facts = [ModelFacts(name=name, description="", weights="") for name in names]
+    made = Report(
         prompt_set="held-out prompts",
         num_prompts=num_prompts,
         seeds_per_prompt=seeds,
-        metrics=tuple(summarise(metric) for metric in metrics),
+        baseline=facts[0],
+        models=tuple(facts[1:]),
+        results=tuple(summarise_all(metrics, [""] * num_prompts)),
         methods=METHODS,
         made_with={},
     )
+    return made.model_copy(update=more)
 
 
-def shifted(shift: float, *, name: str = "clip", role: Role = "held_out", higher: bool = True) -> MetricScores:
+def metric(name: str, role: Role, higher: bool, baseline: np.ndarray, *others: np.ndarray) -> MetricScores:
+    names = ("tuned", "other")[: len(others)]
+    return MetricScores(name, role, higher, {BASELINE: baseline, **dict(zip(names, others, strict=True))})
+
+
+def shifted(*shifts: float, name: str = "clip", role: Role = "held_out", higher: bool = True) -> MetricScores:
     rng = np.random.default_rng(0)
     before = rng.normal(0.7, 0.1, size=(64, 1))
-    return MetricScores(name, role, higher, before, before + shift + rng.normal(0, 0.1, size=(64, 1)))
+    return metric(name, role, higher, before, *(before + it + rng.normal(0, 0.1, size=(64, 1)) for it in shifts))
 
 
-def sentence(metric: MetricScores) -> str:
-    made = report(metric)
-    return words.sentence(made, made.metrics[0])
+def sentence(scores: MetricScores) -> str:
+    made = report(scores)
+    return words.sentence(made, made.results[0])
 
 
 def test_a_clear_rise() -> None:
@@ -43,32 +53,84 @@ def test_an_interval_with_zero_is_called_that() -> None:
 
 def test_a_fall_of_a_metric_where_lower_is_better() -> None:
     made = report(shifted(-0.08, higher=False))
-    assert words.verdict(made.metrics[0]) == "better"
-    assert "fell" in words.sentence(made, made.metrics[0])
-    assert "lower is better" in words.sentence(made, made.metrics[0])
+    assert words.verdict(made.results[0]) == "better"
+    assert "fell" in words.sentence(made, made.results[0])
+    assert "lower is better" in words.sentence(made, made.results[0])
 
 
 def test_ties_one_prompt_and_nothing_scored() -> None:
     same = np.full((5, 2), 0.5)
-    assert "same before and after, 0.500 (all 10 pairs tie)" in sentence(
-        MetricScores("m", "held_out", True, same, same)
-    )
-    one = sentence(MetricScores("m", "held_out", True, np.zeros((1, 1)), np.ones((1, 1))))
+    assert "the same for both, 0.500 (all 10 pairs tie)" in sentence(metric("m", "held_out", True, same, same))
+    one = sentence(metric("m", "held_out", True, np.zeros((1, 1)), np.ones((1, 1))))
     assert one.startswith("On 1 held-out prompt, m went from") and "no interval" in one
-    none = sentence(MetricScores("m", "held_out", True, same, np.full((5, 2), np.nan)))
+    none = sentence(metric("m", "held_out", True, same, np.full((5, 2), np.nan)))
     assert "no pair could be scored" in none
 
 
 def test_the_headline_is_held_out() -> None:
-    made = report(shifted(0.1, role="trained_on"), shifted(0.1, name="scene"))
+    roles = [("labels", "trained_on"), ("kin", "related"), ("scene", "held_out")]
+    made = report(*(shifted(0.1, name=name, role=role) for name, role in roles))
     assert words.headline(made).name == "scene"
+    assert [it.name for it in sorted(made.results, key=words.rank)] == ["scene", "kin", "labels"]
 
 
-def test_a_judge_that_was_pleased_alone_is_a_caution() -> None:
-    fooled = report(shifted(0.1, role="trained_on"), shifted(-0.1, name="scene"))
-    assert any("please the judge" in caution for caution in words.cautions(fooled))
-    fine = report(shifted(0.1, role="trained_on"), shifted(0.1, name="scene"))
-    assert words.cautions(fine) == []
+def test_of_several_models_each_sentence_says_whose_it_is() -> None:
+    made = report(shifted(0.1, 0.0))
+    assert words.sentence(made, words.headline(made)).startswith("On 64 held-out prompts with tuned, clip rose")
+    assert words.claim(made, words.headline(made, "other")).startswith(
+        "On 64 held-out prompts with other, clip did not"
+    )
+
+
+def sign(model: str, *, warns: bool) -> Sign:
+    text = "the images are brighter"
+    return Sign(model=model, name="brightness", baseline=0, value=1, warns=warns, sentence=text)
+
+
+def test_signs_that_warn_are_cautions_of_their_model() -> None:
+    made = report(shifted(0.1, 0.1), signs=(sign("tuned", warns=True), sign("other", warns=False)))
+    assert words.cautions(made) == ["tuned: the images are brighter."]
+    assert words.cautions(made, "tuned") == ["The images are brighter."]
+    assert words.cautions(made, "other") == []
+
+
+def test_what_the_comparison_cannot_show_is_a_caution() -> None:
+    pleased = report(shifted(0.1, role="trained_on"))
+    assert words.cautions(pleased) == ["No metric is held out from the training pairs, so a rise here proves little."]
+    known = [it.model_copy(update={"num_prompts_trained_on": 5}) for it in pleased.models]
+    seen = report(shifted(0.1), models=tuple(known))
+    assert words.cautions(seen)[0].startswith("5 of 64 prompts were in the training pairs")
+    assert "With 1 prompt, intervals" in words.cautions(report(metric("m", "held_out", True, *np.zeros((2, 1, 1)))))[0]
+    holes = shifted(0.1)
+    holes.values["tuned"][:2] = np.nan
+    assert words.cautions(report(holes)) == ["clip: 2 pairs of 64 could not be scored, and took no part."]
+
+
+def test_a_change_that_holms_correction_takes_away_is_told() -> None:
+    made = report(shifted(0.1), shifted(0.03, name="scene"), shifted(0.0, name="hps"))
+    assert words.corrected(made.results).startswith("After Holm\u2019s correction for 3 metrics, clip ")
+    lost = made.model_copy(
+        update={"results": tuple(it.model_copy(update={"p_holm": 0.2}) for it in made.results)},
+    )
+    assert words.corrected(lost.results).endswith("none changed at a level of 5\u00a0%.")
+    assert words.cautions(lost)[0].startswith("clip") and "it may be chance" in words.cautions(lost)[0]
+    assert words.corrected(report(shifted(0.1)).results) == ""
+
+
+def test_how_many_prompts_it_takes() -> None:
+    made = report(shifted(0.1), prompts_needed={"0.55": 783, "0.6": 194})
+    assert "55\u00a0% takes 783 prompts and 60\u00a0% takes 194 prompts, judged by clip" in words.power(made)
+    assert words.power(report(shifted(0.1))) == ""
+
+
+@pytest.mark.parametrize("p,text", [(None, "\u2013"), (1e-9, "<\u00a00.001"), (0.0312, "0.031"), (0.5, "0.50")])
+def test_p_values(p: float | None, text: str) -> None:
+    assert words.p_text(p) == text
+
+
+@pytest.mark.parametrize("names,text", [(["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")])
+def test_lists(names: list[str], text: str) -> None:
+    assert words.listed(names) == text
 
 
 @pytest.mark.parametrize(
