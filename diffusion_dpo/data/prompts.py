@@ -17,6 +17,8 @@ from diffusion_dpo.data.suites import SUITES, suite_files
 from diffusion_dpo.pocket.world import distinct_scenes, num_captions
 
 NUM_POCKET_PROMPTS = 64
+_POCKET = "pocket"
+"""The suite that needs no file: captions of the pocket world's held-out tenth."""
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,20 @@ class Prompt:
 def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool = False) -> list[Prompt]:
     """Return the prompts of a .txt, .tsv, .json or .jsonl file, in its order; for None, prompts of the pocket world.
 
-    A name of SUITES that is no file here stands for that suite, which is downloaded once. `held_out` asks for the
-    pocket world's held-out tenth. Repeated prompts are kept once and counted. Raises ConfigError for a file that is
-    missing, unreadable, without a `prompt` column, or empty, for a reference that is no image inside the file's
-    folder, and for a limit above what the pocket world has.
+    A name of SUITES that is no file here stands for that suite, which is downloaded once, and `pocket` for prompts of
+    the pocket world's held-out tenth, which `held_out` asks for, too. Repeated prompts are kept once, in their first
+    category, and counted. Raises ConfigError for a file that is missing, unreadable, without a `prompt` column, or
+    empty, for a reference that is no image inside the file's folder, and for a limit above what the pocket world has.
     """
-    if path is None:
-        return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out)
-    paths = suite_files(path.name) if path.parent == Path() and path.name in SUITES and not path.exists() else [path]
+    name = _suite_name(path)
+    if path is None or name == _POCKET:
+        return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out or name == _POCKET)
+    paths = suite_files(name) if name else [path]
     readers = {".txt": _read_txt, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_jsonl}
     if any(it.suffix not in readers for it in paths):
         raise ConfigError(
             f"prompts_path {path} must end in .txt, .tsv, .json or .jsonl, or be the name of a suite, "
-            f"{' or '.join(SUITES)}"
+            f"{', '.join(SUITES)} or {_POCKET}"
         )
     try:
         found = [prompt for it in paths for prompt in readers[it.suffix](it)]
@@ -56,15 +59,18 @@ def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool 
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"prompts_path: cannot read {path}: {error}") from None
     unique: dict[str, Prompt] = {}
+    num_refiled = 0
     for prompt in found:
         other = unique.setdefault(prompt.id, prompt)
+        num_refiled += other.category != prompt.category
         if other != prompt:
             raise ConfigError(
                 f"{path}: two different prompts (or references) have the id {prompt.id!r}: "
                 f"{other.text!r}, {prompt.text!r}"
             )
     if len(unique) < len(found):
-        say(f"{path}: {len(found) - len(unique)} repeated prompts are used once")
+        refiled = f", {num_refiled} of them under the first of several categories" if num_refiled else ""
+        say(f"{path}: {len(found) - len(unique)} repeated prompts are used once{refiled}")
     if not unique:
         raise ConfigError(f"prompts_path: {path} holds no prompts; write one a line")
     return list(unique.values())[:limit]
@@ -93,6 +99,12 @@ def prompt_key(text: str) -> int:
 def key_hash(key: int) -> str:
     """Return the `prompt_hash` of the prompts with this key."""
     return f"{key >> 16:012x}"
+
+
+def _suite_name(path: Path | None) -> str:
+    """Return the name of the suite that a path stands for, empty where it is a file's."""
+    is_bare = path is not None and path.parent == Path() and not path.is_file()
+    return path.name if path is not None and is_bare and path.name in (*SUITES, _POCKET) else ""
 
 
 def _pocket_prompts(count: int, held_out: bool) -> list[Prompt]:
@@ -148,8 +160,10 @@ def _read_json(path: Path) -> Iterator[Prompt]:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     lists = data if isinstance(data, dict) else {path.stem: data}
     for category, texts in lists.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) and _is_unicode(text) for text in texts):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ConfigError(f"{path} must hold a list of texts, or such lists by category")
+        if not all(map(_is_unicode, (category, *texts))):
+            raise ConfigError(f"{path}: half of a surrogate pair is not valid Unicode; mend the escape")
         yield from (_prompt(text, category=category) for text in texts if text.strip())
 
 
@@ -163,14 +177,18 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
             raise ConfigError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ConfigError(f'{path} line {number} needs a text `prompt`, e.g. {{"prompt": "a red circle"}}')
-        if not _is_unicode(row["prompt"]) or not _is_unicode(str(row.get("id"))):
+        tag = row.get("tag")  # what GenEval calls its categories, and other people other things
+        category = row.get("category") or (tag if isinstance(tag, str) else "")
+        if not isinstance(category, str | int):
+            raise ConfigError(f"{path} line {number}: `category` must be a text")
+        if not all(map(_is_unicode, (row["prompt"], str(row.get("id")), str(category)))):
             raise ConfigError(f"{path} line {number}: half of a surrogate pair is not valid Unicode; mend the escape")
         names = row.get("references") or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"{path} line {number}: `references` must be a list of file names")
         where = f"{path} line {number}"
         references = tuple(_reference(path.parent, name, where) for name in names)
-        yield _prompt(row["prompt"], row.get("id"), references, row.get("category") or row.get("tag"))
+        yield _prompt(row["prompt"], row.get("id"), references, category)
 
 
 def _is_unicode(text: str) -> bool:

@@ -6,9 +6,9 @@ HPSv2 (Wu et al. 2023, arXiv 2306.09341). The first two are pinned to a commit a
 
 import hashlib
 import os
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
@@ -17,6 +17,7 @@ from diffusion_dpo.files import atomic_path
 
 _GITHUB = "https://raw.githubusercontent.com"
 _MOST_BYTES = 10_000_000
+"""More than that is not read: the largest suite has 120 kB."""
 _TIMEOUT_SECONDS = 60
 
 
@@ -40,6 +41,7 @@ SUITES: dict[str, Suite | None] = {
     "hpsv2": None,
 }
 """The suites that go by a name; hpsv2 comes through huggingface_hub."""
+_HPSV2_HUB = "zhwang/HPDv2"  # where the authors' own package takes it from
 _HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
@@ -47,34 +49,56 @@ def suite_files(name: str, *, host: str = _GITHUB) -> list[Path]:
     """Return a suite's files, downloaded if they are not there yet; raises ConfigError when they cannot be had."""
     suite = SUITES[name]
     if suite is None:
-        return [_from_hub(name, f"{style}.json") for style in _HPSV2_STYLES]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-dpo" / "suites"
-    file = cache / f"{name}{Path(suite.path).suffix}"
-    if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() == suite.sha256:
-        return [file]
+        files = [_from_hub(name, f"{style}.json") for style in _HPSV2_STYLES]
+        say(f"suite {name} is not pinned; now {_HPSV2_HUB} at {files[0].parents[1].name}")
+        return files
+    file = _cache() / f"{name}{Path(suite.path).suffix}"
     url = f"{host}/{suite.path}"
     by_hand = f"download it elsewhere, and give prompts_path the file, or put it at {file}"
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
-            data = answer.read(_MOST_BYTES)
-    except (OSError, urllib.error.URLError) as error:
-        raise ConfigError(f"cannot download the suite {name} from {url}: {error}; {by_hand}") from None
+        if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == suite.sha256:
+            return [file]
+        data = _download(url)
+    except (OSError, HTTPException) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"cannot download the suite {name} from {url}: {said}; {by_hand}") from None
     if hashlib.sha256(data).hexdigest() != suite.sha256:
         raise ConfigError(f"what {url} holds is not the suite {name} as it is known here; {by_hand}")
-    cache.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as partial:
-        partial.write_bytes(data)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as partial:
+            partial.write_bytes(data)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep the suite {name} in {file.parent}: {error.strerror}; set XDG_CACHE_HOME to a folder that "
+            f"can be written to, or download {url} and give prompts_path the file"
+        ) from None
     say(f"suite {name}: {file}")
     return [file]
 
 
+def _cache() -> Path:
+    """Return the folder of suites in the user's cache; by the XDG specification a relative one does not count."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "diffusion-dpo" / "suites"
+
+
+def _download(url: str) -> bytes:
+    """Return a body that came whole; raises IncompleteRead for one that was cut off or is too large."""
+    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
+        data: bytes = answer.read(_MOST_BYTES)
+        if answer.length:  # what is still to come by the header, which read() with a size does not ask for
+            raise IncompleteRead(data, answer.length)
+        return data
+
+
 def _from_hub(name: str, file: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors, hf_hub_download
 
     try:
-        return Path(hf_hub_download("zhwang/HPDv2", f"benchmark/{file}", repo_type="dataset"))
-    except (OSError, ValueError) as error:  # what huggingface_hub raises is an OSError
+        return Path(hf_hub_download(_HPSV2_HUB, f"benchmark/{file}", repo_type="dataset"))
+    except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise ConfigError(
-            f"cannot get the suite {name} from the hub (zhwang/HPDv2): {' '.join(str(error).split())[:200]}; give "
+            f"cannot get the suite {name} from the hub ({_HPSV2_HUB}): {' '.join(str(error).split())[:200]}; give "
             "prompts_path its .json instead"
         ) from None

@@ -82,7 +82,8 @@ class Scorer(Plugin):
     def lineage(self) -> frozenset[str]:
         """What makes it err like another judge: `backbone: ...` and `data: ...` that it was fine-tuned on.
 
-        Data of the size of the web, which every backbone has seen, does not count.
+        Data of the size of the web, which every backbone has seen, does not count. Weights in a folder of the user's
+        are known by its path alone.
         """
         return frozenset()
 

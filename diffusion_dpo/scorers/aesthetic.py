@@ -13,6 +13,7 @@ from pydantic import PrivateAttr
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers import Metric, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.embeddings import embed_once
+from diffusion_dpo.scorers.lineage import CLIP_L, clip_backbone
 from diffusion_dpo.scorers.transformers_model import ClipVision, load_model, load_processor
 from diffusion_dpo.scorers.weights import Weights, content_hash, files_of, load_tensors
 
@@ -54,8 +55,8 @@ class Aesthetic(Scorer):
 
     @property
     def lineage(self) -> frozenset[str]:
-        """See Scorer."""
-        return frozenset({"backbone: CLIP ViT-L-14 openai", "data: AVA"})
+        """See Scorer; of the published head, which is on one CLIP alone, wherever that lies."""
+        return frozenset({clip_backbone(CLIP_L), "data: AVA", "data: LOGOS", "data: SAC"})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, the head and the files of the encoder."""

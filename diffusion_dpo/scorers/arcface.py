@@ -46,6 +46,11 @@ class ArcFace(FaceJudge):
 
     _live: "FaceAnalysis | None" = PrivateAttr(None)
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer: packs hold networks of their own, and are known by the folder's name."""
+        return frozenset({f"backbone: insightface {Path(self.model).expanduser().name}"})
+
     def fingerprint(self) -> str:
         """Hash the settings, insightface's version and the bytes of the ONNX files, without importing insightface."""
         decides = [self.faces, self.references, str(self.det_thresh), str(self.det_size_px)]

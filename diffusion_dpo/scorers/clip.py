@@ -22,6 +22,7 @@ from diffusion_dpo.scorers.clip_weights import (
     preprocessing,
 )
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings, embed_once
+from diffusion_dpo.scorers.lineage import clip_backbone
 from diffusion_dpo.scorers.open_clip_model import OpenClip, load_open_clip
 from diffusion_dpo.scorers.weights import content_hash
 
@@ -38,7 +39,7 @@ class ClipScorer(Scorer):
     licence = "that of the weights: MIT for most of OpenAI's and LAION's; the pocket CLIP has this package's"
     weights = "an open_clip model: the pocket CLIP (in the package), a folder, a hub id, or a tag"
     compares: ClassVar[str]
-    """What the image is compared with: `text` or `image`; the end of the metric's name."""
+    """What the image is compared with: `text`, `image` (a reference) or `others` (of the prompt)."""
 
     model: str = "pocket"
     """`pocket` (comes with the package), `local-dir:/path` (open_clip_config.json beside weights), `hf-hub:org/name`,
@@ -74,8 +75,7 @@ class ClipScorer(Scorer):
     @property
     def lineage(self) -> frozenset[str]:
         """Its own weights: of one architecture, one training."""
-        weights = f"{self.model.removesuffix('-quickgelu')} {self.pretrained or ''}".strip()
-        return frozenset({f"backbone: CLIP {weights}"})
+        return frozenset({clip_backbone(self.model, self.pretrained)})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, the architecture, its preprocessing and the bytes of its files."""

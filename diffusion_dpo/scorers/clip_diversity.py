@@ -21,7 +21,7 @@ class ClipDiversity(ClipScorer):
     """
 
     source = "Radford et al. 2021, arXiv 2103.00020"
-    compares = "image"
+    compares = "others"
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -54,8 +54,8 @@ class Dino(Scorer):
 
     @property
     def lineage(self) -> frozenset[str]:
-        """See Scorer."""
-        return frozenset({f"backbone: {self.pretrained}"})
+        """See Scorer: the sizes of DINOv2 were distilled from one teacher."""
+        return frozenset({f"backbone: {'DINOv2' if 'dinov2' in self.pretrained else self.pretrained}"})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, and the files of the model."""

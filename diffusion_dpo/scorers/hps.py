@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, PrivateAttr
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.clip_weights import check_architecture
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings, embed_once
+from diffusion_dpo.scorers.lineage import CLIP_H, clip_backbone
 from diffusion_dpo.scorers.open_clip_model import OpenClip, load_open_clip
 from diffusion_dpo.scorers.weights import Weights, content_hash
 
@@ -61,8 +62,8 @@ class Hps(Scorer):
 
     @property
     def lineage(self) -> frozenset[str]:
-        """See Scorer."""
-        return frozenset({"backbone: CLIP ViT-H-14 laion2b_s32b_b79k", "data: HPD"})
+        """See Scorer; of the published checkpoints, wherever they lie."""
+        return frozenset({clip_backbone(CLIP_H), "data: HPD"})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, that of open_clip, the architecture and the checkpoint."""

@@ -9,6 +9,7 @@ from pydantic import PrivateAttr
 
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings, embed_once
+from diffusion_dpo.scorers.lineage import CLIP_H, clip_backbone
 from diffusion_dpo.scorers.transformers_model import ClipText, ClipVision, load_model, load_processor, load_tokenizer
 from diffusion_dpo.scorers.weights import Weights, content_hash, files_of
 
@@ -57,8 +58,8 @@ class PickScore(Scorer):
 
     @property
     def lineage(self) -> frozenset[str]:
-        """See Scorer."""
-        return frozenset({"backbone: CLIP ViT-H-14 laion2b_s32b_b79k", "data: Pick-a-Pic"})
+        """See Scorer; of the published checkpoint, wherever it lies."""
+        return frozenset({clip_backbone(CLIP_H), "data: Pick-a-Pic"})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, that of transformers, and the files of model and preprocessing."""

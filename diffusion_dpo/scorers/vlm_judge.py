@@ -87,6 +87,11 @@ class VlmJudge(RemoteScorer):
     """The keys of both orders of every pair so far, for `close`."""
 
     @property
+    def lineage(self) -> frozenset[str]:
+        """See Scorer: the model, whatever it is asked."""
+        return frozenset({f"backbone: {self.model}"})
+
+    @property
     def needs(self) -> frozenset[Need]:
         """The prompt; the rivals if they are compared; the references if they are shown."""
         needs: set[Need] = {"prompt"}

@@ -24,8 +24,8 @@ class CompareConfig(Config):
     adapter_scales: tuple[float, ...] = ()
     """Draw every model with a LoRA at each of these strengths, instead of at its own adapter_scale."""
     prompts_path: Path | None = None
-    """Prompts, as for `generate`: a file, or parti, geneval or hpsv2; null takes held-out prompts of the pocket
-    world."""
+    """Prompts, as for `generate`: a file, or parti, geneval, hpsv2 or pocket; null takes pocket, held-out
+    prompts of its world."""
     num_prompts: int | None = Field(None, ge=1)
     """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
     seeds_per_prompt: int = Field(2, ge=1)

@@ -33,7 +33,7 @@ class GenerateConfig(Config):
 
     prompts_path: Path | None = None
     """Prompts: .txt (one a line), .json, .tsv or .jsonl with `prompt` and optionally `id`, `category`, `references`;
-    or the name of a suite: parti, geneval, hpsv2. Null takes pocket prompts."""
+    or the name of a suite: parti, geneval, hpsv2, pocket (held-out captions). Null takes pocket prompts."""
     num_prompts: int | None = Field(None, ge=1)
     """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
     num_images_per_prompt: int = Field(4, ge=1)

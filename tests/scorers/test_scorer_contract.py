@@ -151,6 +151,7 @@ _DARK = Image.new("RGB", (64, 64), (6, 6, 6))
 UNSCORABLE: dict[str, Callable[[ScoreRequest], ScoreRequest]] = {
     "arcface": lambda request: replace(request, image=_DARK),
     "clip-pocket": lambda request: replace(request, prompt="a cat"),
+    "clip_diversity": lambda request: replace(request, rivals=()),
     "diversity": lambda request: replace(request, rivals=()),
     "http": lambda request: replace(request, image=_DARK),
     "judge": lambda request: replace(request, image=_DARK),
