@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "settings", "files", "console", "pocket", "device", "processes"},
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
     {"mixture", "sampling", "report", "card", "pairing", "scoring"},
-    {"training"},
+    {"training", "exporting"},
     {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "launch", "__main__"},

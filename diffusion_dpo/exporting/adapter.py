@@ -1,0 +1,278 @@
+"""A tuned model -> files that other programs load, each loaded back by diffusers and compared before it is kept."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.config import ConfigError, command
+from diffusion_dpo.console import progress, say
+from diffusion_dpo.device import pick_device
+from diffusion_dpo.exporting import ldm
+from diffusion_dpo.exporting.header import (
+    generation,
+    kohya_header,
+    lora_settings,
+    model_header,
+    write_safetensors,
+)
+from diffusion_dpo.exporting.lora import PARTS, Layers, as_diffusers, as_kohya, read_layers
+from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something
+from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
+from diffusion_dpo.files import claim, finish, fsync_file, fsync_folder, read_manifest
+from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
+from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
+from diffusion_dpo.sampling import weights_hash
+from diffusion_dpo.settings import ExportConfig, ImageModel
+from diffusion_dpo.settings.sharing import LORA_FORMATS
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+TOLERANCES = {"fp32": 0.01, "fp16": 0.05}
+"""How much of what the adapter changes may be lost: in fp16 to the rounding of the weights, in fp32 to the order of
+sums. An alpha that is forgotten, a layer that is not found, a wrong name cost far more."""
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """The model in memory: what its parts answer without and with the adapter, and what the adapter adds."""
+
+    probe: Probe
+    base: Answers
+    expected: Answers
+    layers: Layers
+
+
+def export_adapter(config: ExportConfig) -> Path:
+    """Write a tuned model in one of the formats of models, and verify it; return the folder.
+
+    Raises ConfigError, and leaves nothing behind, when the adapter does nothing, cannot be had in this format, or when
+    what was written computes something else than the model in memory.
+    """
+    assert config.adapter_path is not None
+    base = find_base(config.adapter_path, config.pretrained, config.revision, config.variant)
+    kind, where, base = find_source(config.adapter_path, base)
+    if kind == "unet" and config.format in LORA_FORMATS:
+        raise ConfigError(
+            f"{where} is a whole UNet, not a LoRA; export it with format=single_file (one checkpoint) or "
+            "format=merged (a diffusers folder)"
+        )
+    if kind == "unet" and config.adapter_scale != 1:
+        raise ConfigError(f"{where} is a whole UNet, which has no strength; leave adapter_scale out")
+    name = name_of(config.adapter_path)
+    identity = _identity(config, base)
+    with _clean(config.output_dir), claim(config.output_dir, "export", identity) as before:
+        if before.get("complete"):
+            say(f"export: {config.output_dir} holds this already, verified")
+        else:
+            facts = _make(config, kind, base, name)
+            finish(config.output_dir, "export", identity, name=name, **facts)
+    _say_how_to_use(config, base, name)
+    return config.output_dir
+
+
+def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
+    model = ImageModel(pretrained=base.pretrained, revision=base.revision, variant=base.variant)
+    return {
+        "format": config.format,
+        "dtype": config.dtype,
+        "adapter_scale": config.adapter_scale,
+        "pretrained": base.pretrained,
+        "revision": base.revision,
+        "weights": weights_hash(model.model_copy(update={"adapter_path": config.adapter_path})),
+    }
+
+
+@contextmanager
+def _clean(folder: Path) -> Iterator[None]:
+    """Leave nothing behind of an export that failed: neither a file nor a folder that was not there before."""
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir() and not read_manifest(folder).get("complete"):
+            if was_there:
+                for left in (*folder.glob(".staging-*"), *folder.glob("manifest.json")):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            else:
+                shutil.rmtree(folder)
+        raise
+
+
+def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
+    for left in config.output_dir.glob(".staging-*"):  # of a run that was killed
+        shutil.rmtree(left)
+    staging = config.output_dir / f".staging-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    device = pick_device(config.device)
+    with progress("export", 4, "steps") as advance:
+        pipeline = _load(base, device)
+        advance(1, "the base")
+        tuned = _tune(config, pipeline)
+        advance(1, "the adapter")
+        with quiet():
+            _write(config, kind, pipeline, tuned.layers, staging, name, base)
+        del pipeline  # so that there is never more than one model in memory
+        advance(1, "written")
+        with quiet():
+            again = _load_back(config, base, staging, name, device)
+        found = tuned.probe.ask(again)
+        wrong = difference(tuned.base, tuned.expected, found, tolerance=TOLERANCES[config.dtype])
+        if wrong is not None:
+            advice = "; dtype=fp32 may keep what fp16 rounds away" if config.dtype == "fp16" else ""
+            raise ConfigError(
+                f"what was written as format={config.format} is not the model in memory: {wrong}. Nothing was "
+                f"kept{advice}"
+            )
+        advance(1, "verified")
+    moved, off = changes(tuned.base, tuned.expected), changes(tuned.expected, found)
+    _say_verified(moved, off)
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            fsync_file(path)
+    for path in sorted(staging.iterdir()):
+        os.replace(path, config.output_dir / path.name)
+    staging.rmdir()
+    fsync_folder(config.output_dir)
+    return {"changes": moved, "differences": off}
+
+
+def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
+    import torch
+
+    pipeline = load_base(
+        base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32
+    )
+    require_family(base.pretrained, pipeline)
+    return pipeline
+
+
+def _tune(config: ExportConfig, pipeline: "DiffusionPipeline") -> _Tuned:
+    assert config.adapter_path is not None
+    probe = Probe.of(pipeline)
+    base = probe.ask(pipeline)
+    add_adapter(pipeline, config.adapter_path, scale=config.adapter_scale)
+    expected = probe.ask(pipeline)
+    if not does_something(changes(base, expected)):
+        raise ConfigError(
+            f"{config.adapter_path} does nothing: with it, the model computes the same as without (adapter_scale="
+            f"{config.adapter_scale:g}). Was it saved before training, or was the learning rate too low?"
+        )
+    return _Tuned(probe, base, expected, read_layers(pipeline, "adapter"))
+
+
+def _write(
+    config: ExportConfig,
+    kind: AdapterKind,
+    pipeline: "DiffusionPipeline",
+    layers: Layers,
+    staging: Path,
+    name: str,
+    base: Base,
+) -> None:
+    dtype = _dtype(config)
+    if config.format in LORA_FORMATS:
+        header = model_header(pipeline, name, lora=True)
+        header |= kohya_header(pipeline, layers, name=name, base=_public_name(base.pretrained))
+        if config.format == "kohya":
+            weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")
+            write_safetensors(staging / f"{name}.safetensors", weights, header)
+        else:
+            weights, settings = as_diffusers(layers, dtype)
+            write_safetensors(staging / LORA_FILE, weights, header | lora_settings(settings))
+        return
+    if kind == "lora":
+        merge_all(pipeline, layers)
+    for part in ("vae", *PARTS):
+        if part in pipeline.components:
+            pipeline.components[part].to(dtype)
+    if config.format == "merged":
+        pipeline.save_pretrained(staging, safe_serialization=True)
+        return
+    weights = {key: value.cpu().contiguous() for key, value in ldm.single_file(pipeline).items()}
+    write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False))
+
+
+def merge_all(pipeline: "DiffusionPipeline", layers: Layers) -> None:
+    """Add a LoRA into the weights of every part that it is for; the parts are plain models afterwards."""
+    pipeline.fuse_lora(components=list(layers))
+    pipeline.unload_lora_weights()
+
+
+def _load_back(
+    config: ExportConfig, base: Base, staging: Path, name: str, device: "torch.device"
+) -> "DiffusionPipeline":
+    """Load what was written as a user of plain diffusers would, into a fresh pipeline."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    fresh = _load(base, device)
+    try:
+        if config.format == "merged":
+            fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
+        elif config.format == "single_file":
+            fresh = type(fresh).from_single_file(
+                str(staging / f"{name}.safetensors"), config=_folder(base), local_files_only=True, dtype=torch.float32
+            )
+        else:
+            file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
+            fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"diffusers cannot load what was written as format={config.format}, so nothing was kept: "
+            f"{first_sentence(error)}"
+        ) from error
+    fresh.set_progress_bar_config(disable=True)
+    return fresh.to(device)
+
+
+def _folder(base: Base) -> str:
+    """Return the folder that the base was loaded from, whose settings a single-file checkpoint goes with."""
+    from huggingface_hub import snapshot_download
+
+    if base.pretrained == "pocket":
+        return str(POCKET_DIR)
+    if Path(base.pretrained).is_dir():
+        return base.pretrained
+    return str(snapshot_download(base.pretrained, revision=base.revision, local_files_only=True))
+
+
+def _dtype(config: ExportConfig) -> "torch.dtype":
+    import torch
+
+    return {"fp16": torch.float16, "fp32": torch.float32}[config.dtype]
+
+
+def _public_name(pretrained: str) -> str:
+    """Return a base's hub id; of a folder only its name, since the path to it is nobody's business."""
+    return Path(pretrained).name if Path(pretrained).is_dir() else pretrained
+
+
+def _say_verified(moved: dict[str, float], off: dict[str, float]) -> None:
+    say("verified by loading it with diffusers, against the model in memory:")
+    for part, change in moved.items():
+        unit = " levels of 255" if part == "image" else ""
+        say(f"  {part.replace('_', ' ')}: the adapter changes {change:.3g}{unit}, the file differs by {off[part]:.2g}")
+
+
+def _say_how_to_use(config: ExportConfig, base: Base, name: str) -> None:
+    file = config.output_dir / f"{name}.safetensors"
+    if config.format == "kohya":
+        say(f"kohya: {file}\nComfyUI: copy it to models/loras; A1111 and Forge: to models/Lora, then <lora:{name}:1>")
+    elif config.format == "single_file":
+        say(
+            f"single_file: {file}\nComfyUI: copy it to models/checkpoints; A1111 and Forge: to models/Stable-diffusion"
+        )
+    else:
+        say(f"{config.format}: {config.output_dir}")
+    if config.format != "merged":
+        path = config.output_dir / LORA_FILE if config.format == "diffusers" else file
+        check = command("export", {"pretrained": base.pretrained})
+        say(f"next: {check.replace('export', f'export --check {path}', 1)}")
