@@ -133,14 +133,19 @@ def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dic
         advance(1, "verified")
     moved, off = changes(tuned.base, tuned.expected), changes(tuned.expected, found)
     _say_verified(moved, off)
+    _move_in(staging, config.output_dir)
+    return {"changes": moved, "differences": off}
+
+
+def _move_in(staging: Path, folder: Path) -> None:
+    """Move what is verified to where it belongs, on the disk for good."""
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             fsync_file(path)
     for path in sorted(staging.iterdir()):
-        os.replace(path, config.output_dir / path.name)
+        os.replace(path, folder / path.name)
     staging.rmdir()
-    fsync_folder(config.output_dir)
-    return {"changes": moved, "differences": off}
+    fsync_folder(folder)
 
 
 def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
@@ -218,9 +223,7 @@ def _load_back(
         if config.format == "merged":
             fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
         elif config.format == "single_file":
-            fresh = type(fresh).from_single_file(
-                str(staging / f"{name}.safetensors"), config=_folder(base), local_files_only=True, dtype=torch.float32
-            )
+            fresh = load_single_file(fresh, staging / f"{name}.safetensors", base)
         else:
             file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
             fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
@@ -231,6 +234,27 @@ def _load_back(
         ) from error
     fresh.set_progress_bar_config(disable=True)
     return fresh.to(device)
+
+
+def load_single_file(like: "DiffusionPipeline", file: Path, base: Base) -> "DiffusionPipeline":
+    """Load a checkpoint in the original layout, of the family and with the settings of a base, in float32.
+
+    Raises ConfigError when diffusers cannot.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            loaded = type(like).from_single_file(
+                str(file), config=_folder(base), local_files_only=True, dtype=torch.float32
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"diffusers cannot load {file} as a {type(like).__name__}: {first_sentence(error)}"
+        ) from error
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
 
 
 def _folder(base: Base) -> str:

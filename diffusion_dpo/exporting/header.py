@@ -68,20 +68,23 @@ def kohya_header(pipeline: "DiffusionPipeline", layers: Layers, *, name: str, ba
 
 
 def write_safetensors(path: Path, weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    """Write a file, then put the hash of all its tensors' bytes where `metadata` keeps a place for it."""
+    """Write a file with its metadata in order, and the hash of all its tensors' bytes where there is a place for it.
+
+    safetensors writes the entries in another order every time, so the header is written again, in as many bytes.
+    """
     from safetensors.torch import save_file
 
     save_file(dict(weights), path, metadata=dict(metadata))
-    if _HASH not in metadata:
-        return
     with path.open("rb+") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        header = file.read(length)
+        header = json.loads(file.read(length))
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        placeholder = metadata[_HASH].encode()
-        assert header.count(placeholder) == 1
+        filled = dict(metadata) | ({_HASH: f"0x{digest}"} if _HASH in metadata else {})
+        header["__metadata__"] = dict(sorted(filled.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length
         file.seek(8)
-        file.write(header.replace(placeholder, f"0x{digest}".encode()))
+        file.write(text.ljust(length))
 
 
 def lora_settings(settings: Mapping[str, Any]) -> dict[str, str]:

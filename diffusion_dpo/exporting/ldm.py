@@ -69,7 +69,7 @@ def single_file(pipeline: "DiffusionPipeline") -> dict[str, "Tensor"]:
 def _rename(model: Any, names: dict[str, str], prefix: str) -> dict[str, "Tensor"]:
     renamed = {}
     for key, value in model.state_dict().items():
-        path, _, kind = key.rpartition(".")
+        path = key.rpartition(".")[0]
         while path not in names and path:  # the layers within a transformer keep their names
             path = path.rpartition(".")[0]
         if not path:

@@ -1,11 +1,11 @@
 """A LoRA, layer by layer, under the names of diffusers and of kohya.
 
-A layer computes W x + s B A x; s is alpha / r, times the strength that was asked for. Both formats keep A, B and an
-alpha: it is written as s r, so that patterns of ranks and alphas, rank-stabilised LoRAs and strengths come out exactly.
+A layer computes W x + s B A x; s is alpha / r, times the strength that was asked for. Both formats keep A, B and
+alpha, which is written as s r: patterns of ranks and alphas, rank-stabilised LoRAs and strengths come out exactly.
 
-In kohya's names all layers of a part get one alpha. Where theirs differ, the most frequent one is written, and the rest
-of s goes into B: diffusers (0.42.1) finds the alpha of an attention layer under another name than the layer, drops it,
-and takes the most frequent one instead.
+In kohya's names all layers of a part get one alpha. Where theirs differ, the most frequent one is written, and the
+rest of s goes into B: diffusers (0.42.1) finds the alpha of an attention layer under another name than the layer,
+drops it, and takes the most frequent one instead.
 """
 
 from collections import Counter
