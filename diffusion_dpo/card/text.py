@@ -196,8 +196,8 @@ def _row(result: Result) -> str:
 
 def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
     settings = config.data.model_dump()
-    source = settings.get("path") or settings.get("dataset") or settings.get("repo") or ""
-    name = str(source) if is_hub_id(str(source)) else Path(str(source)).name
+    source = str(settings.get("path", ""))
+    name = source if config.data.type == "hub" else Path(source).name
     named = f" ({plain(name)})" if name else ""
     lines = [
         f"{facts['num_pairs']} rows, of type {plain(config.data.type)}{named}, and {facts['num_held_out']} held out.",
@@ -249,10 +249,10 @@ def _limits(facts: Mapping[str, Any]) -> str:
 
 
 def _citation(config: TrainConfig) -> str:
-    words = (sys.modules[type(config.loss).__module__].__doc__ or "").strip().split("\n\n")[0]
+    words = (sys.modules[type(config.loss).__module__].__doc__ or "").strip()
     found = _ARXIV.search(words)
     objective = ""
     if found and found[1] != "2311.12908":
-        title = re.sub(r"\s*\(?(?:arXiv )?\d{4}\.\d{5}\)?", "", " ".join(words.split())).rstrip(". ")
+        title = re.sub(r"\s*\(?(?:arXiv )?\d{4}\.\d{5}\)?", "", " ".join(words.split("\n\n")[0].split())).rstrip(". ")
         objective = f"\n\nThe objective: {plain(title)}, [arXiv {found[1]}](https://arxiv.org/abs/{found[1]})."
     return f"## Citation\n\n{_CITATION}{objective}"

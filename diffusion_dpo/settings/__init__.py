@@ -17,6 +17,7 @@ from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
 from diffusion_dpo.settings.data import Variant as Variant
 from diffusion_dpo.settings.sharing import CheckConfig as CheckConfig
 from diffusion_dpo.settings.sharing import ExportConfig as ExportConfig
+from diffusion_dpo.settings.sharing import PushConfig as PushConfig
 from diffusion_dpo.settings.training import Evaluation as Evaluation
 from diffusion_dpo.settings.training import Preview as Preview
 from diffusion_dpo.settings.training import Reference as Reference
@@ -71,4 +72,5 @@ VERBS: dict[str, type[Config]] = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "export": ExportConfig,
+    "push": PushConfig,
 }

@@ -1,4 +1,4 @@
-"""The settings of what leaves the house: `export` and its --check."""
+"""The settings of what leaves the house: `export`, its --check, and `push`."""
 
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -78,6 +78,25 @@ class CheckConfig(Config):
     """Variant of the weight files of `pretrained`, e.g. fp16."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
+
+
+class PushConfig(Config):
+    """The result of a training run -> the Hugging Face hub: weights, card, settings; says first what it would send."""
+
+    path: Path = Path("runs/train")
+    """The run folder of `train`."""
+    repo_id: str | None = None
+    """Where to: owner/name. Without it nothing can be sent, only listed."""
+    dry_run: bool = True
+    """List what would be sent and send nothing; false sends it."""
+    private: bool = True
+    """Make a new repository private. One that is there already stays as it is."""
+    kohya_path: Path | None = None
+    """A LoRA in kohya's names to send along, as `export format=kohya` writes it; null looks in the run's `kohya/`."""
+    report_path: Path | None = None
+    """The folder of a comparison: its numbers go into the card, its report.md and plots beside it."""
+    endpoint: str | None = None
+    """Address of the hub; null is huggingface.co, or HF_ENDPOINT."""
 
 
 def _differs(config: Config, name: str) -> bool:
