@@ -85,7 +85,7 @@ def _pack(config: PushConfig) -> _Parcel:
     shown = Shown(
         kind=kind,
         repo_id=config.repo_id or _PLACEHOLDER,
-        kohya_file=kohya and kohya.name,
+        kohya_file=None if kohya is None else kohya.name,
         previews=[f"images/{image.name}" for image in previews],
     )
     parcel.files["README.md"] = _card(config, train, manifest, shown)

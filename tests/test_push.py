@@ -104,10 +104,8 @@ def test_a_dry_run_lists_everything_and_calls_nobody(
     assert main(["push", f"path={run_dir}", "repo_id=me/mine", f"endpoint={hub.url}"]) == 0
     out = capsys.readouterr().out
     assert "700 B  pytorch_lora_weights.safetensors" in out and "optimizer" not in out and "latents" not in out
-    assert (
-        f"nothing was sent. To send it: diffusion-dpo push path={run_dir} repo_id=me/mine endpoint={hub.url} dry_run=false"
-        in out
-    )
+    send = f"diffusion-dpo push path={run_dir} repo_id=me/mine endpoint={hub.url} dry_run=false"
+    assert f"nothing was sent. To send it: {send}" in out
     assert hub.calls == []
 
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from diffusion_dpo.config import Config, plugin
+from diffusion_dpo.config import Config, Plugin, plugin
 from diffusion_dpo.settings.common import Device
 
 PAIR_FORMATS = ("pickapic", "webdataset")
@@ -103,6 +103,6 @@ def _differs(config: Config, name: str) -> bool:
     """Whether a setting is another than its default."""
     value: Any = getattr(config, name)
     default = type(config).model_fields[name].get_default()
-    if isinstance(value, Config):
+    if isinstance(value, Plugin):
         return value != type(value)(type=default)
     return bool(value != default)
