@@ -18,12 +18,14 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from diffusion_dpo import export
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.exporting import adapter as exporting
 from diffusion_dpo.exporting.lora import as_kohya
+from diffusion_dpo.files import alone_in
 from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.settings import ExportConfig
 from tests.fakes import make_stable_diffusion, make_stable_diffusion_xl
@@ -225,6 +227,20 @@ def test_the_pocket_model_has_the_original_layout_too(tmp_path: Path) -> None:
     run(model, tmp_path / "out", "pretrained=pocket", "format=single_file")
 
 
+def test_the_text_encoder_of_stable_diffusion_2_gets_open_clips_names(tmp_path: Path) -> None:
+    base = make_stable_diffusion(tmp_path / "base", prediction_type="v_prediction")
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    settings = pipeline.text_encoder.config
+    settings.hidden_act = "gelu"
+    pipeline.register_modules(text_encoder=CLIPTextModel(settings))
+    pipeline.save_pretrained(base)
+    model = Made(base, tmp_path / "lora", lora(*ATTENTION), lora(*TEXT))
+    out = run(model, tmp_path / "out", "format=single_file", "dtype=fp32")
+    names = set(load_file(out / "lora.safetensors"))
+    assert "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight" in names
+    assert np.abs(image(load_plainly(model, out, "single_file")) - model.after).max() <= 1
+
+
 # --- what is not right is not kept -----------------------------------------------------------------------------------
 
 
@@ -243,6 +259,20 @@ def test_a_file_with_the_wrong_alpha_is_not_kept(
     assert nothing_left(tmp_path / "out")
 
 
+def test_an_adapter_that_rounding_would_drown_is_not_merged(
+    made: Callable[[str, str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made("sd", "plain")
+    weak = "adapter_scale=0.0005"
+    with pytest.raises(ConfigError, match=r"rounding the weights to fp16 moves the UNet by .* use dtype=fp32"):
+        run(model, tmp_path / "half", "format=merged", weak)
+    assert nothing_left(tmp_path / "half")
+    run(model, tmp_path / "full", "format=merged", weak, "dtype=fp32")
+    run(model, tmp_path / "lora", "format=kohya", weak)
+    run(model, tmp_path / "less", "format=merged", "adapter_scale=0.003")
+    assert "warning: rounding the weights to fp16 moves the UNet by" in capsys.readouterr().out
+
+
 def test_an_adapter_that_does_nothing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
     model = Made(bases["sd"], tmp_path / "lora", lora(*ATTENTION, init_lora_weights=True))
     with pytest.raises(ConfigError, match=r"lora does nothing: .* Was it saved before training"):
@@ -250,6 +280,22 @@ def test_an_adapter_that_does_nothing_is_named(bases: dict[str, Path], tmp_path:
     assert nothing_left(tmp_path / "out")
     file = model.folder / "pytorch_lora_weights.safetensors"
     assert main(["export", "--check", str(file), f"pretrained={model.base}"]) == 2
+
+
+def test_a_killed_run_is_finished_and_one_that_is_at_work_is_left_alone(
+    made: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    model, out = made("sd", "plain"), tmp_path / "out"
+    run(model, out, "format=merged")
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"complete": False}))
+    (out / ".staging-0").mkdir()
+    before = {path.name for path in out.iterdir()}
+    with alone_in(out), pytest.raises(ConfigError, match="another process is working"):
+        run(model, out, "format=merged")
+    assert {path.name for path in out.iterdir()} == before, "what another process is making is not touched"
+    run(model, out, "format=merged")
+    assert json.loads((out / "manifest.json").read_text())["complete"] and not (out / ".staging-0").exists()
 
 
 @pytest.mark.parametrize("there_before", [False, True])

@@ -5,12 +5,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError, command
-from diffusion_dpo.console import progress, say
+from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.device import pick_device
 from diffusion_dpo.exporting import ldm
 from diffusion_dpo.exporting.header import (
@@ -23,7 +23,7 @@ from diffusion_dpo.exporting.header import (
 from diffusion_dpo.exporting.lora import PARTS, Layers, as_diffusers, as_kohya, read_layers
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
-from diffusion_dpo.files import claim, finish, fsync_file, fsync_folder, read_manifest
+from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
 from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
 from diffusion_dpo.sampling import weights_hash
@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-TOLERANCES = {"fp32": 0.01, "fp16": 0.05}
-"""How much of what the adapter changes may be lost: in fp16 to the rounding of the weights, in fp32 to the order of
-sums. An alpha that is forgotten, a layer that is not found, a wrong name cost far more."""
+_TOLERANCE, _TOLERANCE_FP16 = 0.01, 0.05
+"""How much of what the adapter changes may be lost, the latter to the rounding of a LoRA's weights. An alpha that is
+forgotten, a layer that is not found, a wrong name cost far more."""
+_ROUNDING_TO_MENTION, _ROUNDING_TO_REFUSE = 0.1, 0.5
+"""How much the rounding of whole weights may move the model, as a share of what the adapter changes."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ def export_adapter(config: ExportConfig) -> Path:
         raise ConfigError(f"{where} is a whole UNet, which has no strength; leave adapter_scale out")
     name = name_of(config.adapter_path)
     identity = _identity(config, base)
-    with _clean(config.output_dir), claim(config.output_dir, "export", identity) as before:
+    is_new = not config.output_dir.exists()
+    with claim(config.output_dir, "export", identity) as before:
         if before.get("complete"):
             say(f"export: {config.output_dir} holds this already, verified")
         else:
-            facts = _make(config, kind, base, name)
-            finish(config.output_dir, "export", identity, name=name, **facts)
+            with _clean(config.output_dir, is_new=is_new):
+                facts = _make(config, kind, base, name)
+                finish(config.output_dir, "export", identity, name=name, **facts)
     _say_how_to_use(config, base, name)
     return config.output_dir
 
@@ -90,24 +94,26 @@ def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
 
 
 @contextmanager
-def _clean(folder: Path) -> Iterator[None]:
+def _clean(folder: Path, *, is_new: bool) -> Iterator[None]:
     """Leave nothing behind of an export that failed: neither a file nor a folder that was not there before."""
-    was_there = folder.exists()
     try:
         yield
     except BaseException:
-        if folder.is_dir() and not read_manifest(folder).get("complete"):
-            if was_there:
-                for left in (*folder.glob(".staging-*"), *folder.glob("manifest.json")):
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-            else:
-                shutil.rmtree(folder)
+        if is_new:
+            shutil.rmtree(folder)
+        else:
+            _clear_staging(folder)
+            (folder / MANIFEST).unlink()
         raise
 
 
-def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
-    for left in config.output_dir.glob(".staging-*"):  # of a run that was killed
+def _clear_staging(folder: Path) -> None:
+    for left in folder.glob(".staging-*"):
         shutil.rmtree(left)
+
+
+def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
+    _clear_staging(config.output_dir)  # of a run that was killed
     staging = config.output_dir / f".staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     device = pick_device(config.device)
@@ -115,17 +121,21 @@ def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dic
         pipeline = _load(base, device)
         advance(1, "the base")
         tuned = _tune(config, pipeline)
+        if config.format not in LORA_FORMATS:
+            with quiet():
+                tuned = _as_plain_weights(config, kind, pipeline, tuned)
         advance(1, "the adapter")
         with quiet():
-            _write(config, kind, pipeline, tuned.layers, staging, name, base)
+            _write(config, pipeline, tuned.layers, staging, name, base)
         del pipeline  # so that there is never more than one model in memory
         advance(1, "written")
         with quiet():
             again = _load_back(config, base, staging, name, device)
         found = tuned.probe.ask(again)
-        wrong = difference(tuned.base, tuned.expected, found, tolerance=TOLERANCES[config.dtype])
+        rounded = config.dtype == "fp16" and config.format in LORA_FORMATS
+        wrong = difference(tuned.base, tuned.expected, found, tolerance=_TOLERANCE_FP16 if rounded else _TOLERANCE)
         if wrong is not None:
-            advice = "; dtype=fp32 may keep what fp16 rounds away" if config.dtype == "fp16" else ""
+            advice = "; dtype=fp32 may keep what fp16 rounds away" if rounded else ""
             raise ConfigError(
                 f"what was written as format={config.format} is not the model in memory: {wrong}. Nothing was "
                 f"kept{advice}"
@@ -143,6 +153,8 @@ def _move_in(staging: Path, folder: Path) -> None:
         if path.is_file():
             fsync_file(path)
     for path in sorted(staging.iterdir()):
+        if (folder / path.name).is_dir():  # of a run that was killed here
+            shutil.rmtree(folder / path.name)
         os.replace(path, folder / path.name)
     staging.rmdir()
     fsync_folder(folder)
@@ -172,9 +184,40 @@ def _tune(config: ExportConfig, pipeline: "DiffusionPipeline") -> _Tuned:
     return _Tuned(probe, base, expected, read_layers(pipeline, "adapter"))
 
 
+def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "DiffusionPipeline", tuned: _Tuned) -> _Tuned:
+    """Merge the adapter, and round all weights as they will be written; what the model answers then is expected.
+
+    Rounding is no mistake, but it moves the whole model: how far, compared with the adapter, is said or refused.
+    """
+    import torch
+
+    if kind == "lora":
+        pipeline.fuse_lora(components=list(tuned.layers))
+        pipeline.unload_lora_weights()
+    if config.dtype == "fp32":
+        return replace(tuned, expected=tuned.probe.ask(pipeline))
+    for dtype in (_dtype(config), torch.float32):
+        _cast(pipeline, dtype)
+    rounded = tuned.probe.ask(pipeline)
+    share = changes(tuned.expected, rounded)["unet"] / max(changes(tuned.base, tuned.expected)["unet"], 1e-12)
+    if share > _ROUNDING_TO_REFUSE:
+        raise ConfigError(
+            f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; use dtype=fp32, or "
+            "format=kohya or diffusers, which keep the adapter apart"
+        )
+    if share > _ROUNDING_TO_MENTION:
+        warn(f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; see dtype=fp32")
+    return replace(tuned, expected=rounded)
+
+
+def _cast(pipeline: "DiffusionPipeline", dtype: "torch.dtype") -> None:
+    for part in ("vae", *PARTS):
+        if part in pipeline.components:
+            pipeline.components[part].to(dtype)
+
+
 def _write(
     config: ExportConfig,
-    kind: AdapterKind,
     pipeline: "DiffusionPipeline",
     layers: Layers,
     staging: Path,
@@ -192,22 +235,12 @@ def _write(
             weights, settings = as_diffusers(layers, dtype)
             write_safetensors(staging / LORA_FILE, weights, header | lora_settings(settings))
         return
-    if kind == "lora":
-        merge_all(pipeline, layers)
-    for part in ("vae", *PARTS):
-        if part in pipeline.components:
-            pipeline.components[part].to(dtype)
+    _cast(pipeline, dtype)
     if config.format == "merged":
         pipeline.save_pretrained(staging, safe_serialization=True)
         return
     weights = {key: value.cpu().contiguous() for key, value in ldm.single_file(pipeline).items()}
     write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False))
-
-
-def merge_all(pipeline: "DiffusionPipeline", layers: Layers) -> None:
-    """Add a LoRA into the weights of every part that it is for; the parts are plain models afterwards."""
-    pipeline.fuse_lora(components=list(layers))
-    pipeline.unload_lora_weights()
 
 
 def _load_back(
