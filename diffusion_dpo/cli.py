@@ -150,7 +150,7 @@ def _export(
         return
     if path is not None:
         overrides = [f"path={json.dumps(path)}", *overrides]
-    _run("exporting.check", load(CheckConfig, None, overrides))
+    _run("check", load(CheckConfig, None, overrides))
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)

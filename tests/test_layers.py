@@ -18,7 +18,20 @@ LAYERS = [
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
     {"mixture", "sampling", "report", "card", "pairing", "scoring"},
     {"training", "exporting"},
-    {"generate", "score", "pair", "train", "compare", "export", "push", "label", "inspect", "doctor", "dry_run"},
+    {
+        "generate",
+        "score",
+        "pair",
+        "train",
+        "compare",
+        "export",
+        "check",
+        "push",
+        "label",
+        "inspect",
+        "doctor",
+        "dry_run",
+    },
     {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "launch", "__main__"},
 ]
