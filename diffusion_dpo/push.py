@@ -18,6 +18,7 @@ from diffusion_dpo.config import ConfigError, command, dump, load
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.adapters import LORA_FILE
+from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.settings import PushConfig, TrainConfig
 
 _MAX_PREVIEWS = 4
@@ -131,13 +132,24 @@ def _add_report(folder: Path, parcel: _Parcel) -> None:
 
 
 def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], shown: Shown) -> bytes:
-    """Return the card with results and without paths of this machine; one that somebody has edited stays theirs."""
+    """Return the card with results and without paths of this machine; one that somebody has edited stays theirs.
+
+    Raises ConfigError where an edited one names such a path.
+    """
     results = None if config.report_path is None else read_results(config.report_path)
     file = config.path / "README.md"
-    if file.exists() and file.read_text(encoding="utf-8") != local_card(train, shown.kind, facts):
-        warn(f"{file} was edited, or written by another version: it is sent as it is, with what it says of your paths")
-        return file.read_bytes()
-    return card_text(train, facts, shown, results=results).encode()
+    text = file.read_text(encoding="utf-8") if file.exists() else None
+    if text is None or text == local_card(train, shown.kind, facts):
+        return card_text(train, facts, shown, results=results).encode()
+    base = str(train.model.model_dump().get("pretrained", ""))
+    for place in (str(Path.home()), str(Path.cwd()), str(POCKET_DIR), base):
+        if place.startswith("/") and len(place) > 1 and place in text:
+            raise ConfigError(
+                f"{file} was edited, or written by another version, and names {place}, a folder of this machine; take "
+                "it out, or remove the file to have it written anew"
+            )
+    warn(f"{file} was edited, or written by another version: it is sent as it is")
+    return text.encode()
 
 
 def scrub(value: Any, key: str = "") -> Any:

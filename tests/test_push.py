@@ -128,6 +128,9 @@ def test_an_edited_card_is_sent_as_it_is(run_dir: Path, capsys: pytest.CaptureFi
     assert main(["push", f"path={run_dir}"]) == 0
     out = capsys.readouterr().out
     assert "was edited, or written by another version" in out and "12 B  README.md" in out
+    (run_dir / "README.md").write_text(f"made from {run_dir.parent}/base")
+    assert main(["push", f"path={run_dir}"]) == 2
+    assert f"names {run_dir.parent}/base, a folder of this machine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,8 @@ def _public_name(pretrained: str) -> str:
 def _say_verified(moved: dict[str, float], off: dict[str, float]) -> None:
     say("verified by loading it with diffusers, against the model in memory:")
     for part, change in moved.items():
+        if not change and not off[part]:
+            continue  # the adapter is not for it
         unit = " levels of 255" if part == "image" else ""
         say(f"  {part.replace('_', ' ')}: the adapter changes {change:.3g}{unit}, the file differs by {off[part]:.2g}")
 
