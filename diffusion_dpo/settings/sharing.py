@@ -57,9 +57,8 @@ class ExportConfig(Config):
         for name in _OF_MODELS if of_pairs else _OF_PAIRS:
             if _differs(self, name):
                 raise ValueError(f"format={self.format} takes no {name}; leave it out, or choose another format")
-        for name in ("soft_labels", "seed"):
-            if self.format == "webdataset" and name == "soft_labels" and _differs(self, name):
-                raise ValueError("format=webdataset keeps every label as it is; leave soft_labels out")
+        if self.format == "webdataset" and self.soft_labels:
+            raise ValueError("format=webdataset keeps every label as it is; leave soft_labels out")
         if not of_pairs and self.adapter_path is None:
             raise ValueError(f"format={self.format} needs adapter_path: a run folder of `train`, or a LoRA")
         return self
