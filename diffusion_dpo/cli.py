@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from diffusion_dpo import __version__, interrupt, processes
 from diffusion_dpo.config import Config, ConfigError, load
-from diffusion_dpo.settings import VERBS, DemoConfig, TrainConfig
+from diffusion_dpo.settings import VERBS, CheckConfig, DemoConfig, TrainConfig
 
 
 class _Verbs(TyperGroup):
@@ -116,7 +116,7 @@ def _add_verb(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb not in ("inspect", "label", "train", "compare"):
+    if _verb not in ("inspect", "label", "train", "compare", "export"):
         _add_verb(_verb)
 
 
@@ -162,6 +162,23 @@ def _compare(
         _run("compare", config)
     else:
         _run("power", config, power)
+
+
+@app.command("export", help=VERBS["export"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _export(
+    arguments: _Arguments = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say what a FILE is, whether it fits [pretrained=...], and what it changes."),
+    ] = False,
+) -> None:
+    path, overrides = _split(arguments or [])
+    if not check:
+        _run("export", load(VERBS["export"], path, overrides))
+        return
+    if path is not None:
+        overrides = [f"path={json.dumps(path)}", *overrides]
+    _run("check", load(CheckConfig, None, overrides))
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)

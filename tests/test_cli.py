@@ -66,7 +66,7 @@ def test_help_of_a_verb_lists_its_settings(name: str, capsys: pytest.CaptureFixt
     assert main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"Usage: diffusion-dpo {name} [")
-    assert "  output_dir=" in text
+    assert ("  repo_id=" if name == "push" else "  output_dir=") in text
 
 
 def test_without_a_verb_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

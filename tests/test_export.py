@@ -22,6 +22,7 @@ from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.pickapic import PickapicData, pickapic_row
 from diffusion_dpo.data.rows import make_labelled_image, make_pair
 from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
+from diffusion_dpo.exporting.pairs import SINGLE
 from diffusion_dpo.settings import ExportConfig
 from tests.photos import encode, folder_hash, jpeg, photo
 
@@ -221,14 +222,14 @@ def test_a_rerun_changes_nothing_and_says_so(data: Path, capsys: pytest.CaptureF
 
 _SLOW = """
 import sys, time
-from diffusion_dpo import export
 from diffusion_dpo.cli import main
-write = export._write_file
+from diffusion_dpo.exporting import pairs
+write = pairs._write_file
 def slow(*arguments):
     write(*arguments)
     print("written", flush=True)
     time.sleep(0.2)
-export._write_file = slow
+pairs._write_file = slow
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -268,7 +269,7 @@ def test_pairs_of_a_plug_in_beside_single_images(tmp_path: Path) -> None:
     folder = export.run(ExportConfig(data=Mixed(), output_dir=tmp_path / "out"))
     assert [it.pair_id for it in read_back(folder)] == [it.pair_id for it in PAIRS_OF_ALL_KINDS[:2]]
     assert [row["num_example_per_prompt"] for row in read_rows(folder / "data")] == [2, 2]
-    assert json.loads((folder / "manifest.json").read_text())["drops"] == {export.SINGLE: 1}
+    assert json.loads((folder / "manifest.json").read_text())["drops"] == {SINGLE: 1}
     folder = export.run(ExportConfig(data=Mixed(), output_dir=tmp_path / "tar", format="webdataset"))
     with tarfile.open(folder / "pairs-000000.tar") as tar:
         assert {name.partition(".")[0] for name in tar.getnames()} == {it.pair_id for it in PAIRS_OF_ALL_KINDS[:2]}

@@ -175,7 +175,7 @@ def _load_lora(pipeline: "DiffusionPipeline", file: Path, name: str, *, unet_onl
         parts = {"unet"}
     loading = {"adapter_name": name, "metadata": metadata, "_pipeline": pipeline}
     try:
-        with _quiet():
+        with quiet():
             for part in sorted(parts):
                 model = getattr(pipeline, part)
                 if part == "unet":
@@ -244,15 +244,19 @@ def _restore_float32(unet: "UNet2DConditionModel", name: str, weights: dict[str,
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence diffusers and peft while they load a LoRA: what went wrong is said once, by us, in one sentence."""
-    from diffusers.utils import logging
+def quiet() -> Iterator[None]:
+    """Silence diffusers, transformers and peft while they load or save: what went wrong is said once, by us."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
+    loggers: list[Any] = [diffusers.utils.logging, transformers.utils.logging]
+    verbosities = [logger.get_verbosity() for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity(logger.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.set_verbosity(verbosity)
+        for logger, verbosity in zip(loggers, verbosities, strict=True):
+            logger.set_verbosity(verbosity)

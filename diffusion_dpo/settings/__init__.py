@@ -11,13 +11,15 @@ from diffusion_dpo.settings.common import Precision as Precision
 from diffusion_dpo.settings.common import PredictionType as PredictionType
 from diffusion_dpo.settings.common import Sampling as Sampling
 from diffusion_dpo.settings.compare import CompareConfig as CompareConfig
-from diffusion_dpo.settings.data import ExportConfig as ExportConfig
 from diffusion_dpo.settings.data import GenerateConfig as GenerateConfig
 from diffusion_dpo.settings.data import InspectConfig as InspectConfig
 from diffusion_dpo.settings.data import PairConfig as PairConfig
 from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
 from diffusion_dpo.settings.data import Variant as Variant
 from diffusion_dpo.settings.label import LabelConfig as LabelConfig
+from diffusion_dpo.settings.sharing import CheckConfig as CheckConfig
+from diffusion_dpo.settings.sharing import ExportConfig as ExportConfig
+from diffusion_dpo.settings.sharing import PushConfig as PushConfig
 from diffusion_dpo.settings.training import Evaluation as Evaluation
 from diffusion_dpo.settings.training import Preview as Preview
 from diffusion_dpo.settings.training import Reference as Reference
@@ -44,4 +46,5 @@ VERBS: dict[str, type[Config]] = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "export": ExportConfig,
+    "push": PushConfig,
 }

@@ -129,24 +129,3 @@ class InspectConfig(Config):
     """Images on the page and on the contact sheet; of pairs, those with the widest and the narrowest margins."""
     output_dir: Path | None = None
     """Folder for the page and the contact sheet; null writes it to runs/inspect/<name>."""
-
-
-class ExportConfig(Config):
-    """Preference pairs -> files that other trainers read."""
-
-    format: Literal["pickapic", "webdataset"] = "pickapic"
-    """pickapic: Parquet with the columns of Pick-a-Pic, the winner on a random side; what the Diffusion-DPO scripts of
-    diffusers and Salesforce read. webdataset: tar files, each pair as chosen and rejected image and a .json."""
-    data: plugin("data") = "pairs"  # type: ignore[valid-type]
-    """The preference pairs."""
-    soft_labels: bool = False
-    """pickapic: write label probabilities as label_0 and label_1, which most trainers refuse or skip; false writes
-    1 and 0 whatever the probability."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """pickapic: decides, with the pair's id, which of its images is image 0."""
-    shard_size: int = Field(256, ge=1)
-    """Pairs per file; a crash loses at most one file."""
-    max_broken_share: float = Field(0.05, ge=0, le=1)
-    """Stop when more than this share of the rows is broken."""
-    output_dir: Path = Path("runs/export")
-    """Folder for the files; the same command again continues there."""

@@ -7,12 +7,13 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from diffusion_dpo import __version__
+from diffusion_dpo.card.text import Shown, card_text
 from diffusion_dpo.config import command
 from diffusion_dpo.files import atomic_path, fsync_file, fsync_folder, write_json
-from diffusion_dpo.models import DiffusionModel, LoadedModel
+from diffusion_dpo.models import LoadedModel
 from diffusion_dpo.settings import TrainConfig
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "open_clip_torch", "numpy", "pillow")
@@ -59,35 +60,10 @@ def compare_command(config: TrainConfig) -> str:
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:
     """Write README.md, the model card, with how to load the result."""
-    model, loss = config.model.model_dump(), config.loss.model_dump()
-    base = model.get("pretrained", model["type"])
-    usage = cast(DiffusionModel, config.model).usage(adapter.name)
-    prompts = config.preview.prompts if config.preview else ()
-    image = f"image = pipe({(prompts or ('your prompt',))[0]!r}).images[0]"
-    example = f"\n```python\n{usage}\n{image}\n```\n" if usage else ""
-    is_lora = adapter.name == "adapter"
-    kind, what = ("lora", "LoRA") if is_lora else ("full-fine-tuning", "full fine-tuning")
-    text = f"""---
-library_name: diffusers
-base_model: {base}
-tags: [diffusion-dpo, {loss["type"]}, {kind}]
----
-# {config.output_dir.name}
-
-{base}, tuned on {facts["num_pairs"]} rows of preference data with {loss["type"]} ({what}) by
-diffusion-dpo {__version__}.
-{example}
-| setting | value |
-|---|---|
-| rows | {facts["num_pairs"]}, and {facts["num_held_out"]} held out |
-| labelled by | {", ".join(facts["labelled_by"]) or "their source"} |
-| steps | {facts["steps"]} of {config.global_batch_size} |
-| learning rate | {config.learning_rate} |
-| objective | {", ".join(f"{key}={value}" for key, value in loss.items())} |
-| seed | {config.seed} |
-
-Everything else is in `config.yaml` and `environment.json`; what happened at every step is in `metrics.jsonl`. How the
-images changed, with intervals: `{compare_command(config)}`.
-"""
     with atomic_path(config.output_dir / "README.md") as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(local_card(config, adapter.name, facts), encoding="utf-8")
+
+
+def local_card(config: TrainConfig, kind: str, facts: Mapping[str, Any]) -> str:
+    """Return the card of a run folder as training leaves it; `kind` is `adapter` or `unet`."""
+    return card_text(config, facts, Shown(kind=kind), next_command=compare_command(config))

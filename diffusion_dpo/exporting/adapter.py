@@ -1,0 +1,337 @@
+"""A tuned model -> files that other programs load, each loaded back by diffusers and compared before it is kept."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.config import ConfigError, command
+from diffusion_dpo.console import progress, say, warn
+from diffusion_dpo.device import pick_device
+from diffusion_dpo.exporting import ldm
+from diffusion_dpo.exporting.header import (
+    generation,
+    kohya_header,
+    lora_settings,
+    model_header,
+    write_safetensors,
+)
+from diffusion_dpo.exporting.lora import PARTS, Layers, as_diffusers, as_kohya, read_layers
+from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something
+from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
+from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
+from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
+from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
+from diffusion_dpo.sampling import weights_hash
+from diffusion_dpo.settings import ExportConfig, ImageModel
+from diffusion_dpo.settings.sharing import LORA_FORMATS
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+_TOLERANCE, _TOLERANCE_FP16 = 0.01, 0.05
+"""How much of what the adapter changes may be lost, the latter to the rounding of a LoRA's weights. An alpha that is
+forgotten, a layer that is not found, a wrong name cost far more."""
+_ROUNDING_TO_MENTION, _ROUNDING_TO_REFUSE = 0.1, 0.5
+"""How much the rounding of whole weights may move the model, as a share of what the adapter changes."""
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """The model in memory: what its parts answer without and with the adapter, and what the adapter adds."""
+
+    probe: Probe
+    base: Answers
+    expected: Answers
+    layers: Layers
+
+
+def export_adapter(config: ExportConfig) -> Path:
+    """Write a tuned model in one of the formats of models, and verify it; return the folder.
+
+    Raises ConfigError, and leaves nothing behind, when the adapter does nothing, cannot be had in this format, or when
+    what was written computes something else than the model in memory.
+    """
+    assert config.adapter_path is not None
+    base = find_base(config.adapter_path, config.pretrained, config.revision, config.variant)
+    kind, where, base = find_source(config.adapter_path, base)
+    if kind == "unet" and config.format in LORA_FORMATS:
+        raise ConfigError(
+            f"{where} is a whole UNet, not a LoRA; export it with format=single_file (one checkpoint) or "
+            "format=merged (a diffusers folder)"
+        )
+    if kind == "unet" and config.adapter_scale != 1:
+        raise ConfigError(f"{where} is a whole UNet, which has no strength; leave adapter_scale out")
+    name = name_of(config.adapter_path)
+    identity = _identity(config, base)
+    is_new = not config.output_dir.exists()
+    with claim(config.output_dir, "export", identity) as before:
+        if before.get("complete"):
+            say(f"export: {config.output_dir} holds this already, verified")
+        else:
+            with _clean(config.output_dir, is_new=is_new):
+                facts = _make(config, kind, base, name)
+                finish(config.output_dir, "export", identity, name=name, **facts)
+    _say_how_to_use(config, base, name)
+    return config.output_dir
+
+
+def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
+    model = ImageModel(pretrained=base.pretrained, revision=base.revision, variant=base.variant)
+    return {
+        "format": config.format,
+        "dtype": config.dtype,
+        "adapter_scale": config.adapter_scale,
+        "pretrained": base.pretrained,
+        "revision": base.revision,
+        "weights": weights_hash(model.model_copy(update={"adapter_path": config.adapter_path})),
+    }
+
+
+@contextmanager
+def _clean(folder: Path, *, is_new: bool) -> Iterator[None]:
+    """Leave nothing behind of an export that failed: neither a file nor a folder that was not there before."""
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder)
+        else:
+            _clear_staging(folder)
+            (folder / MANIFEST).unlink()
+        raise
+
+
+def _clear_staging(folder: Path) -> None:
+    for left in folder.glob(".staging-*"):
+        shutil.rmtree(left)
+
+
+def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
+    _clear_staging(config.output_dir)  # of a run that was killed
+    staging = config.output_dir / f".staging-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    device = pick_device(config.device)
+    with progress("export", 4, "steps") as advance:
+        pipeline = _load(base, device)
+        advance(1, "the base")
+        tuned = _tune(config, pipeline)
+        if config.format not in LORA_FORMATS:
+            with quiet():
+                tuned = _as_plain_weights(config, kind, pipeline, tuned)
+        advance(1, "the adapter")
+        with quiet():
+            _write(config, pipeline, tuned.layers, staging, name, base)
+        del pipeline  # so that there is never more than one model in memory
+        advance(1, "written")
+        with quiet():
+            again = _load_back(config, base, staging, name, device)
+        found = tuned.probe.ask(again)
+        rounded = config.dtype == "fp16" and config.format in LORA_FORMATS
+        wrong = difference(tuned.base, tuned.expected, found, tolerance=_TOLERANCE_FP16 if rounded else _TOLERANCE)
+        if wrong is not None:
+            advice = "; dtype=fp32 may keep what fp16 rounds away" if rounded else ""
+            raise ConfigError(
+                f"what was written as format={config.format} is not the model in memory: {wrong}. Nothing was "
+                f"kept{advice}"
+            )
+        advance(1, "verified")
+    moved, off = changes(tuned.base, tuned.expected), changes(tuned.expected, found)
+    _say_verified(moved, off)
+    _move_in(staging, config.output_dir)
+    return {"changes": moved, "differences": off}
+
+
+def _move_in(staging: Path, folder: Path) -> None:
+    """Move what is verified to where it belongs, on the disk for good."""
+    for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            fsync_file(path)
+    for path in sorted(staging.iterdir()):
+        if (folder / path.name).is_dir():  # of a run that was killed here
+            shutil.rmtree(folder / path.name)
+        os.replace(path, folder / path.name)
+    staging.rmdir()
+    fsync_folder(folder)
+
+
+def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
+    import torch
+
+    pipeline = load_base(
+        base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32
+    )
+    require_family(base.pretrained, pipeline)
+    return pipeline
+
+
+def _tune(config: ExportConfig, pipeline: "DiffusionPipeline") -> _Tuned:
+    assert config.adapter_path is not None
+    probe = Probe.of(pipeline)
+    base = probe.ask(pipeline)
+    add_adapter(pipeline, config.adapter_path, scale=config.adapter_scale)
+    expected = probe.ask(pipeline)
+    if not does_something(changes(base, expected)):
+        raise ConfigError(
+            f"{config.adapter_path} does nothing: with it, the model computes the same as without (adapter_scale="
+            f"{config.adapter_scale:g}). Was it saved before training, or was the learning rate too low?"
+        )
+    return _Tuned(probe, base, expected, read_layers(pipeline, "adapter"))
+
+
+def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "DiffusionPipeline", tuned: _Tuned) -> _Tuned:
+    """Merge the adapter, and round all weights as they will be written; what the model answers then is expected.
+
+    Rounding is no mistake, but it moves the whole model: how far, compared with the adapter, is said or refused.
+    """
+    import torch
+
+    if kind == "lora":
+        pipeline.fuse_lora(components=list(tuned.layers))
+        pipeline.unload_lora_weights()
+    if config.dtype == "fp32":
+        return replace(tuned, expected=tuned.probe.ask(pipeline))
+    for dtype in (_dtype(config), torch.float32):
+        _cast(pipeline, dtype)
+    rounded = tuned.probe.ask(pipeline)
+    share = changes(tuned.expected, rounded)["unet"] / max(changes(tuned.base, tuned.expected)["unet"], 1e-12)
+    if share > _ROUNDING_TO_REFUSE:
+        raise ConfigError(
+            f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; use dtype=fp32, or "
+            "format=kohya or diffusers, which keep the adapter apart"
+        )
+    if share > _ROUNDING_TO_MENTION:
+        warn(f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; see dtype=fp32")
+    return replace(tuned, expected=rounded)
+
+
+def _cast(pipeline: "DiffusionPipeline", dtype: "torch.dtype") -> None:
+    for part in ("vae", *PARTS):
+        if part in pipeline.components:
+            pipeline.components[part].to(dtype)
+
+
+def _write(
+    config: ExportConfig,
+    pipeline: "DiffusionPipeline",
+    layers: Layers,
+    staging: Path,
+    name: str,
+    base: Base,
+) -> None:
+    dtype = _dtype(config)
+    if config.format in LORA_FORMATS:
+        header = model_header(pipeline, name, lora=True)
+        header |= kohya_header(pipeline, layers, name=name, base=_public_name(base.pretrained))
+        if config.format == "kohya":
+            weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")
+            write_safetensors(staging / f"{name}.safetensors", weights, header)
+        else:
+            weights, settings = as_diffusers(layers, dtype)
+            write_safetensors(staging / LORA_FILE, weights, header | lora_settings(settings))
+        return
+    _cast(pipeline, dtype)
+    if config.format == "merged":
+        pipeline.save_pretrained(staging, safe_serialization=True)
+        return
+    weights = {key: value.cpu().contiguous() for key, value in ldm.single_file(pipeline).items()}
+    write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False))
+
+
+def _load_back(
+    config: ExportConfig, base: Base, staging: Path, name: str, device: "torch.device"
+) -> "DiffusionPipeline":
+    """Load what was written as a user of plain diffusers would, into a fresh pipeline."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    fresh = _load(base, device)
+    try:
+        if config.format == "merged":
+            fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
+        elif config.format == "single_file":
+            fresh = load_single_file(fresh, staging / f"{name}.safetensors", base)
+        else:
+            file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
+            fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"diffusers cannot load what was written as format={config.format}, so nothing was kept: "
+            f"{first_sentence(error)}"
+        ) from error
+    fresh.set_progress_bar_config(disable=True)
+    return fresh.to(device)
+
+
+def load_single_file(like: "DiffusionPipeline", file: Path, base: Base) -> "DiffusionPipeline":
+    """Load a checkpoint in the original layout, of the family and with the settings of a base, in float32.
+
+    Raises ConfigError when diffusers cannot.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            loaded = type(like).from_single_file(
+                str(file), config=_folder(base), local_files_only=True, dtype=torch.float32
+            )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise ConfigError(
+            f"diffusers cannot load {file} as a {type(like).__name__}: {first_sentence(error)}"
+        ) from error
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def _folder(base: Base) -> str:
+    """Return the folder that the base was loaded from, whose settings a single-file checkpoint goes with."""
+    from huggingface_hub import snapshot_download
+
+    if base.pretrained == "pocket":
+        return str(POCKET_DIR)
+    if Path(base.pretrained).is_dir():
+        return base.pretrained
+    return str(snapshot_download(base.pretrained, revision=base.revision, local_files_only=True))
+
+
+def _dtype(config: ExportConfig) -> "torch.dtype":
+    import torch
+
+    return {"fp16": torch.float16, "fp32": torch.float32}[config.dtype]
+
+
+def _public_name(pretrained: str) -> str:
+    """Return a base's hub id; of a folder only its name, since the path to it is nobody's business."""
+    return Path(pretrained).name if Path(pretrained).is_dir() else pretrained
+
+
+def _say_verified(moved: dict[str, float], off: dict[str, float]) -> None:
+    say("verified by loading it with diffusers, against the model in memory:")
+    for part, change in moved.items():
+        if not change and not off[part]:
+            continue  # the adapter is not for it
+        unit = " levels of 255" if part == "image" else ""
+        say(f"  {part.replace('_', ' ')}: the adapter changes {change:.3g}{unit}, the file differs by {off[part]:.2g}")
+
+
+def _say_how_to_use(config: ExportConfig, base: Base, name: str) -> None:
+    file = config.output_dir / f"{name}.safetensors"
+    if config.format == "kohya":
+        say(f"kohya: {file}\nComfyUI: copy it to models/loras; A1111 and Forge: to models/Lora, then <lora:{name}:1>")
+    elif config.format == "single_file":
+        say(
+            f"single_file: {file}\nComfyUI: copy it to models/checkpoints; A1111 and Forge: to models/Stable-diffusion"
+        )
+    else:
+        say(f"{config.format}: {config.output_dir}")
+    if config.format != "merged":
+        path = config.output_dir / LORA_FILE if config.format == "diffusers" else file
+        check = command("export", {"pretrained": base.pretrained})
+        say(f"next: {check.replace('export', f'export --check {path}', 1)}")

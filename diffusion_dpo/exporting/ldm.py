@@ -1,0 +1,181 @@
+"""The whole model under the names of the original Stable Diffusion, as single-file checkpoints have them.
+
+The layers are numbered by walking the model, not by a list of blocks, so that any depth and width comes out. What is
+written here is the inverse of what diffusers' `from_single_file` reads.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.exporting.lora import text_path
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from torch import Tensor
+
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_OPEN_CLIP_ENDS = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+
+
+def single_file(pipeline: "DiffusionPipeline") -> dict[str, "Tensor"]:
+    """Return all weights of a Stable Diffusion 1.x or 2.x or SDXL pipeline under the original names.
+
+    Raises ConfigError for a model with layers that the original layout has no name for.
+    """
+    weights = _rename(pipeline.unet, _unet_names(pipeline.unet), "model.diffusion_model.")
+    weights |= {
+        key: value[:, :, None, None] if ".attn_1." in key and value.ndim == 2 else value
+        for key, value in _rename(pipeline.vae, _vae_names(pipeline.vae), "first_stage_model.").items()
+    }
+    second = pipeline.components.get("text_encoder_2")
+    if second is not None:
+        weights |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
+        return weights | _open_clip(second, "conditioner.embedders.1.model.")
+    if pipeline.text_encoder.config.hidden_act == "quick_gelu":  # OpenAI's CLIP, of Stable Diffusion 1
+        return weights | _clip(pipeline.text_encoder, "cond_stage_model.transformer.")
+    return weights | _open_clip(pipeline.text_encoder, "cond_stage_model.model.")
+
+
+def _rename(model: Any, names: dict[str, str], prefix: str) -> dict[str, "Tensor"]:
+    renamed = {}
+    for key, value in model.state_dict().items():
+        path = key.rpartition(".")[0]
+        while path not in names and path:  # the layers within a transformer keep their names
+            path = path.rpartition(".")[0]
+        if not path:
+            raise ConfigError(
+                f"the {type(model).__name__} has {key}, which the original layout has no name for; use format=merged"
+            )
+        renamed[f"{prefix}{names[path]}{key[len(path) :]}"] = value
+    return renamed
+
+
+def _unet_names(unet: "UNet2DConditionModel") -> dict[str, str]:
+    """Return the original path of every layer of a UNet; of its transformers, that of the whole."""
+    names = dict(_UNET_ENDS)
+    number = 1
+    for i, block in enumerate(unet.down_blocks):
+        for j in range(len(block.resnets)):
+            names |= _stage(f"down_blocks.{i}", j, f"input_blocks.{number}", block)
+            number += 1
+        if block.downsamplers:
+            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
+            number += 1
+    for j in range(len(unet.mid_block.resnets)):
+        names |= _resnet(f"mid_block.resnets.{j}", f"middle_block.{2 * j}")
+        names[f"mid_block.attentions.{j}"] = f"middle_block.{2 * j + 1}"
+    number = 0
+    for i, block in enumerate(unet.up_blocks):
+        for j in range(len(block.resnets)):
+            names |= _stage(f"up_blocks.{i}", j, f"output_blocks.{number}", block)
+            number += 1
+        if block.upsamplers:
+            place = 2 if _has_attention(block) else 1
+            names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{place}.conv"
+    return names
+
+
+def _stage(block_name: str, j: int, original: str, block: Any) -> dict[str, str]:
+    names = _resnet(f"{block_name}.resnets.{j}", f"{original}.0")
+    return names | ({f"{block_name}.attentions.{j}": f"{original}.1"} if _has_attention(block) else {})
+
+
+def _has_attention(block: Any) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
+
+
+def _resnet(ours: str, original: str) -> dict[str, str]:
+    return {f"{ours}.{here}": f"{original}.{there}" for here, there in _UNET_RESNET.items()}
+
+
+def _vae_names(vae: "AutoencoderKL") -> dict[str, str]:
+    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    for side, blocks, theirs, sampler in (
+        ("encoder", vae.encoder.down_blocks, "down", "downsample"),
+        ("decoder", vae.decoder.up_blocks, "up", "upsample"),
+    ):
+        names |= {f"{side}.{ours}": f"{side}.{ours}" for ours in ("conv_in", "conv_out")}
+        names[f"{side}.conv_norm_out"] = f"{side}.norm_out"
+        for i, block in enumerate(blocks):
+            level = i if side == "encoder" else len(blocks) - 1 - i
+            for j in range(len(block.resnets)):
+                names |= _vae_resnet(f"{side}.{theirs}_blocks.{i}.resnets.{j}", f"{side}.{theirs}.{level}.block.{j}")
+            names[f"{side}.{theirs}_blocks.{i}.{sampler}rs.0.conv"] = f"{side}.{theirs}.{level}.{sampler}.conv"
+        for j in range(2):
+            names |= _vae_resnet(f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}")
+        attention = {
+            f"{side}.mid_block.attentions.0.{ours}": f"{side}.mid.attn_1.{original}"
+            for ours, original in _VAE_ATTENTION.items()
+        }
+        names |= attention
+    return names
+
+
+def _vae_resnet(ours: str, original: str) -> dict[str, str]:
+    same = {f"{ours}.{name}": f"{original}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")}
+    return same | {f"{ours}.conv_shortcut": f"{original}.nin_shortcut"}
+
+
+def _text_weights(encoder: Any) -> Iterator[tuple[str, "Tensor"]]:
+    for key, value in encoder.state_dict().items():
+        if not key.endswith("position_ids"):
+            yield text_path(key), value
+
+
+def _clip(encoder: Any, prefix: str) -> dict[str, "Tensor"]:
+    """The names of transformers, which the original took CLIP from."""
+    return {prefix + key: value for key, value in _text_weights(encoder)}
+
+
+def _open_clip(encoder: Any, prefix: str) -> dict[str, "Tensor"]:
+    """The names of open_clip, which joins the projections of query, key and value."""
+    import torch
+
+    theirs: dict[str, Tensor] = {}
+    joined: dict[str, dict[str, Tensor]] = {}
+    for key, value in _text_weights(encoder):
+        if key in _OPEN_CLIP_ENDS:
+            theirs[prefix + _OPEN_CLIP_ENDS[key]] = value
+        elif key == "text_projection.weight":
+            theirs[f"{prefix}text_projection"] = value.T
+        else:
+            number, _, rest = key.removeprefix("text_model.encoder.layers.").partition(".")
+            layer, _, kind = rest.rpartition(".")
+            block = f"{prefix}transformer.resblocks.{number}."
+            if layer in _OPEN_CLIP:
+                theirs[f"{block}{_OPEN_CLIP[layer]}.{kind}"] = value
+            else:
+                joined.setdefault(f"{block}attn.in_proj_{kind}", {})[layer] = value
+    for key, by_layer in joined.items():
+        theirs[key] = torch.cat([by_layer[f"self_attn.{name}_proj"] for name in "qkv"])
+    return theirs

@@ -1,0 +1,116 @@
+"""Preference pairs -> files that other trainers read. The images' bytes stay as they are."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import progress, say, warn
+from diffusion_dpo.data import PreferencePair
+from diffusion_dpo.data.collect import collect
+from diffusion_dpo.data.index import Collected
+from diffusion_dpo.data.pickapic import pickapic_row
+from diffusion_dpo.data.shards import PICKAPIC, write_shard
+from diffusion_dpo.data.tar_shards import write_tar
+from diffusion_dpo.files import claim, finish
+from diffusion_dpo.settings import ExportConfig
+
+SINGLE = "images that were judged by themselves"
+
+Numbered = tuple[PreferencePair, int]
+"""A pair, and how many pairs its prompt has."""
+
+
+def export_pairs(config: ExportConfig) -> Path:
+    """Write the files that are not there yet; return their folder."""
+    _refuse_inside(config)
+    found = collect(config.data, max_broken_share=config.max_broken_share)
+    num_pairs = int(found.is_pair.sum())
+    if not num_pairs:
+        raise ConfigError(f"data.type={config.data.type} holds no pairs, only {SINGLE}; there is nothing to export")
+    drops = found.drops | ({SINGLE: len(found) - num_pairs} if num_pairs < len(found) else {})
+    files = _file_names(config, num_pairs)
+    decisive = {"format", "shard_size"} | ({"soft_labels", "seed"} if config.format == "pickapic" else set())
+    identity = config.model_dump(mode="json", include=decisive) | {"pairs": found.fingerprint}
+    with claim(config.output_dir, "export", identity) as before:
+        if before.get("complete"):
+            say(f"export: all {num_pairs} pairs are there already")
+        else:
+            _write(config, found, files, num_pairs)
+            facts = {"num_pairs": num_pairs, "num_files": len(files), "drops": drops}
+            finish(config.output_dir, "export", identity, **facts, labelled_by=list(config.data.labelled_by()))
+    _say_what_is_lost(config, found)
+    dropped = "; ".join(f"{count} {reason}" for reason, count in sorted(drops.items())) or "nothing"
+    say(f"{num_pairs} pairs in {len(files)} files; dropped: {dropped}")
+    say(f"{config.format}: {config.output_dir}\nnext: {_how_to_read(config, files)}")
+    return config.output_dir
+
+
+def _refuse_inside(config: ExportConfig) -> None:
+    """Raise ConfigError where what is written would be read as data the next time."""
+    data = config.data.model_dump().get("path")
+    if data is not None and config.output_dir.resolve().is_relative_to(Path(data).resolve()):
+        raise ConfigError(f"output_dir {config.output_dir} lies inside the data, {data}; choose another one")
+
+
+def _file_names(config: ExportConfig, num_pairs: int) -> list[Path]:
+    """Return the path of every file; those of Parquet are named as `datasets.load_dataset(folder)` looks for them."""
+    count = -(-num_pairs // config.shard_size)
+    if config.format == "webdataset":
+        return [config.output_dir / f"pairs-{number:06d}.tar" for number in range(count)]
+    return [config.output_dir / "data" / f"train-{number:05d}-of-{count:05d}.parquet" for number in range(count)]
+
+
+def _write(config: ExportConfig, found: Collected, files: list[Path], num_pairs: int) -> None:
+    files[0].parent.mkdir(exist_ok=True)
+    for left in config.output_dir.rglob(".*.partial"):  # of a run that was killed; nobody else is at work here
+        left.unlink()
+    pairs = _pairs(found)
+    with progress("export", num_pairs, "pairs") as advance:
+        for file in files:
+            shard = list(islice(pairs, config.shard_size))
+            if not file.exists():
+                _write_file(config, file, shard)
+            advance(len(shard))
+
+
+def _pairs(found: Collected) -> Iterator[Numbered]:
+    counts = np.bincount(found.prompt_codes[found.is_pair], minlength=len(found.prompts))
+    for pair, is_pair, code in zip(found, found.is_pair, found.prompt_codes, strict=True):
+        if is_pair:
+            yield pair, int(counts[code])
+
+
+def _write_file(config: ExportConfig, file: Path, shard: Iterable[Numbered]) -> None:
+    if config.format == "webdataset":
+        write_tar(file, (pair for pair, _ in shard))
+        return
+    rows = [
+        pickapic_row(pair, seed=config.seed, soft_labels=config.soft_labels, num_pairs_of_prompt=count)
+        for pair, count in shard
+    ]
+    write_shard(file, rows, PICKAPIC)
+
+
+def _say_what_is_lost(config: ExportConfig, found: Collected) -> None:
+    if config.format != "pickapic":
+        return
+    probabilities = [record.label_prob for record in found.records if record.is_pair]
+    unsure = sum(0.5 < it < 1 for it in probabilities)
+    ties = sum(it == 0.5 for it in probabilities)
+    if unsure and not config.soft_labels:
+        warn(f"the labels of {unsure} pairs are probabilities, and became 1 and 0; soft_labels=true keeps them")
+    if ties:
+        warn(f"{ties} pairs are ties, label_0 = label_1 = 0.5, which most trainers leave out")
+    if found.has_masks:
+        warn("the pairs have masks, which Pick-a-Pic has no column for; format=webdataset keeps them")
+
+
+def _how_to_read(config: ExportConfig, files: list[Path]) -> str:
+    """Return the line of Python that reads the files."""
+    if config.format == "pickapic":
+        return f'datasets.load_dataset("{config.output_dir}", split="train")'
+    names = f"{config.output_dir}/pairs-{{{0:06d}..{len(files) - 1:06d}}}.tar"
+    return f'webdataset.WebDataset("{names}")'

@@ -1,0 +1,58 @@
+"""Where an adapter lies and which model it belongs to; a run folder of `train` says so itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models.adapters import AdapterKind, find_adapter
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pipeline that an adapter was trained on."""
+
+    pretrained: str
+    revision: str | None = None
+    variant: str | None = None
+
+
+def run_folder(path: Path) -> Path | None:
+    """Return the run folder of `train` that a path is or lies in, at most two levels up."""
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").exists():
+            return folder
+    return None
+
+
+def find_base(path: Path, pretrained: str | None, revision: str | None, variant: str | None) -> Base | None:
+    """Return the model to put an adapter on: the one that is named, else the one of its run folder, if it has any."""
+    if pretrained is not None:
+        return Base(pretrained, revision, variant)
+    folder = run_folder(path)
+    if folder is None:
+        return None
+    file = folder / "config.yaml"
+    try:
+        model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+        return Base(str(model["pretrained"]), revision or model.get("revision"), variant or model.get("variant"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file} does not say which model it was trained on; give pretrained=...") from error
+
+
+def find_source(path: Path, base: Base | None) -> tuple[AdapterKind, Path, Base]:
+    """Return an adapter's kind, its file or folder, and its base; raises ConfigError where one of them is unknown."""
+    kind, where = find_adapter(path)
+    if base is None:
+        raise ConfigError(
+            f"{path} does not say which model it was trained on; give pretrained=..., a folder or a hub id"
+        )
+    return kind, where, base
+
+
+def name_of(path: Path) -> str:
+    """Return what to call an export: the run's name, else that of the file or folder."""
+    folder = run_folder(path) or path
+    stem = folder.resolve().stem if folder.suffix == ".safetensors" else folder.resolve().name
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in stem).strip(".-") or "adapter"

@@ -1,0 +1,174 @@
+"""`push`: huggingface_hub's own client against a stand-in hub, over HTTP; what is sent, and what never is."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from diffusion_dpo import card
+from diffusion_dpo.cli import main
+from diffusion_dpo.config import dump, load
+from diffusion_dpo.files import write_json
+from diffusion_dpo.push import scrub
+from diffusion_dpo.settings import TrainConfig
+from tests.hub import TOKEN, Hub, hub_server
+
+FACTS = {"num_pairs": 10, "num_held_out": 2, "drops": {}, "labelled_by": ["pickscore"], "steps": 200}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run, with everything in it that must not leave it."""
+    folder = tmp_path / "secret-home" / "my-run"
+    for name in ("adapter", "checkpoints/step-00000200", "cache", "previews/step-00000000", "previews/step-00000200"):
+        (folder / name).mkdir(parents=True)
+    (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"weights" * 100)
+    (folder / "checkpoints" / "step-00000200" / "optimizer.safetensors").write_bytes(b"optimizer")
+    (folder / "cache" / "latents.safetensors").write_bytes(b"training data")
+    (folder / ".env").write_text(TOKEN)
+    for step, colour in (("00000000", "black"), ("00000200", "red")):
+        Image.new("RGB", (8, 8), colour).save(folder / "previews" / f"step-{step}" / "00.png")
+    settings = [
+        f"output_dir={folder}",
+        f"data.path={tmp_path}/secret-home/pairs",
+        f"cache_dir={tmp_path}/secret-home/c",
+    ]
+    config = load(TrainConfig, None, [*settings, f"model.pretrained={tmp_path}/secret-home/base", "loss.type=dmpo"])
+    (folder / "config.yaml").write_text(dump(config))
+    write_json(folder / "manifest.json", {"made_by": "train", "complete": True, "identity": {}, **FACTS})
+    card.write_card(config, folder / "adapter", FACTS)
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with hub_server() as server:
+        yield server
+
+
+def push(run_dir: Path, *settings: str, token: str | None = TOKEN) -> tuple[int, str]:
+    """In a process of its own, which has no word of this one's being offline."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(run_dir.parent / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if token is not None:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, "-m", "diffusion_dpo", "push", f"path={run_dir}", *settings]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+SENT = {
+    "README.md",
+    "images/00.png",
+    "mine.safetensors",
+    "pytorch_lora_weights.safetensors",
+    "report/report.md",
+    "training_config.yaml",
+}
+
+
+def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) -> None:
+    (run_dir / "kohya").mkdir()
+    (run_dir / "kohya" / "mine.safetensors").write_bytes(b"kohya" * 100)
+    report = run_dir.parent / "compare"
+    report.mkdir()
+    (report / "report.md").write_text("# numbers")
+    result = {"name": "pickscore", "model": "after", "category": "", "role": "trained_on", "win_rate": 0.61}
+    write_json(report / "report.json", {"schema_version": 2, "num_prompts": 9, "results": [result]})
+    settings = ["repo_id=me/mine", f"endpoint={hub.url}", f"report_path={report}", "dry_run=false"]
+    code, text = push(run_dir, *settings)
+    assert code == 0 and f"sent: {hub.url}/me/mine" in text, text
+    files = hub.files["me/mine"]
+    assert files.keys() == SENT and hub.private == {"me/mine": True}
+    assert (
+        files["pytorch_lora_weights.safetensors"] == b"weights" * 100 and files["mine.safetensors"] == b"kohya" * 100
+    )
+    assert files["images/00.png"] == (run_dir / "previews" / "step-00000200" / "00.png").read_bytes()
+    everything = b"".join(files.values()).decode(errors="replace")
+    assert "secret-home" not in everything and str(run_dir.parent.parent) not in everything
+    assert TOKEN not in text and TOKEN not in everything
+    assert "load_lora_weights('me/mine')" in files["README.md"].decode() and "61.0%" in files["README.md"].decode()
+    assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == "base"
+    code, text = push(run_dir, *settings)
+    assert code == 0, text  # the repository is there already
+
+
+def test_a_dry_run_lists_everything_and_calls_nobody(
+    run_dir: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", f"path={run_dir}", "repo_id=me/mine", f"endpoint={hub.url}"]) == 0
+    out = capsys.readouterr().out
+    assert "700 B  pytorch_lora_weights.safetensors" in out and "optimizer" not in out and "latents" not in out
+    send = f"diffusion-dpo push path={run_dir} repo_id=me/mine endpoint={hub.url} dry_run=false"
+    assert f"nothing was sent. To send it: {send}" in out
+    assert hub.calls == []
+
+
+def test_without_a_token_it_says_how_to_get_one(run_dir: Path, hub: Hub) -> None:
+    code, text = push(run_dir, "repo_id=me/mine", f"endpoint={hub.url}", "dry_run=false", token=None)
+    assert code == 2 and "there is no token for the hub; run `hf auth login`" in text and hub.calls == []
+
+
+@pytest.mark.parametrize(("address", "status"), [("/api/repos/create", 403), ("/commit/", 400)])
+def test_a_refusal_is_one_sentence_without_the_token(run_dir: Path, hub: Hub, address: str, status: int) -> None:
+    hub.fails[address] = status
+    code, text = push(run_dir, "repo_id=me/mine", f"endpoint={hub.url}", "dry_run=false")
+    assert code == 2 and "error: the hub did not take it" in text and "Traceback" not in text, text
+    assert TOKEN not in text and "***" in text
+    assert not hub.files.get("me/mine")
+
+
+def test_an_edited_card_is_sent_as_it_is(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "README.md").write_text("my own words")
+    assert main(["push", f"path={run_dir}"]) == 0
+    out = capsys.readouterr().out
+    assert "was edited, or written by another version" in out and "12 B  README.md" in out
+    (run_dir / "README.md").write_text(f"made from {run_dir.parent}/base")
+    assert main(["push", f"path={run_dir}"]) == 2
+    assert f"names {run_dir.parent}/base, a folder of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["repo_id=mine"], "has no owner; write owner/mine"),
+        (["repo_id='a b/../c'"], "is no name of a repository"),
+        (["dry_run=false"], "repo_id is missing"),
+        (["kohya_path=nowhere"], "should be or hold one .safetensors file"),
+        (["report_path=nowhere"], "is not the report.json of a comparison"),
+        (["path=nowhere"], "is no run folder of train"),
+    ],
+)
+def test_what_cannot_be_sent_is_one_sentence(
+    run_dir: Path, settings: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["push", f"path={run_dir}", *settings]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_not_sent(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(run_dir / "manifest.json", {"made_by": "train", "complete": False, "identity": {}})
+    assert main(["push", f"path={run_dir}"]) == 2
+    assert "is not finished" in capsys.readouterr().err
+
+
+def test_settings_keep_no_path_and_no_secret() -> None:
+    before = {
+        "pretrained": "/home/me/base",
+        "hub": "owner/name",
+        "cache_dir": "~/cache",
+        "api_key": "x",
+        "scorers": [{"type": "http", "url": "https://me:pw@host/x", "path": "/a/b.txt", "num": 3}],
+    }
+    after = {
+        "pretrained": "base",
+        "hub": "owner/name",
+        "cache_dir": "cache",
+        "scorers": [{"type": "http", "url": "https://...", "path": "b.txt", "num": 3}],
+    }
+    assert scrub(before) == after
