@@ -18,7 +18,7 @@ LAYERS = [
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
     {"mixture", "sampling", "report", "card", "pairing", "scoring"},
     {"training"},
-    {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "doctor", "dry_run"},
+    {"generate", "score", "pair", "train", "compare", "export", "label", "inspect", "run_report", "doctor", "dry_run"},
     {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "launch", "__main__"},
 ]

@@ -16,6 +16,7 @@ from diffusion_dpo.settings.data import InspectConfig as InspectConfig
 from diffusion_dpo.settings.data import PairConfig as PairConfig
 from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
 from diffusion_dpo.settings.data import Variant as Variant
+from diffusion_dpo.settings.report import ReportConfig as ReportConfig
 from diffusion_dpo.settings.training import Evaluation as Evaluation
 from diffusion_dpo.settings.training import Preview as Preview
 from diffusion_dpo.settings.training import Reference as Reference
@@ -67,6 +68,7 @@ VERBS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "pair": PairConfig,
     "train": TrainConfig,
+    "report": ReportConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "export": ExportConfig,
