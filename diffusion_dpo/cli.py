@@ -149,9 +149,9 @@ def _report(arguments: _Arguments = None) -> None:
 def _path_first(arguments: list[str] | None) -> list[str]:
     """Return the settings of a verb whose first argument may be its `path`."""
     path, overrides = _split(arguments or [])
-    return (
-        overrides if path is None else [f"path={json.dumps(path)}", *overrides]
-    )  # JSON quotes what YAML would misread
+    if path is not None:
+        overrides = [f"path={json.dumps(path)}", *overrides]  # JSON quotes what YAML would misread
+    return overrides
 
 
 @app.command("doctor", help="What this machine can do: device, precision, memory, disk, versions, extras, the hub.")

@@ -119,7 +119,7 @@ def _read_environment(path: Path) -> list[tuple[str, str]]:
 
 def _facts(config: TrainConfig, manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the settings that matter first, in words."""
-    model, loss = config.model.model_dump(), config.loss.model_dump()
+    model, loss, data = (block.model_dump() for block in (config.model, config.loss, config.data))
     lora = model.get("lora")
     numbers = [f"{key}={value}" for key, value in loss.items() if key != "type" and value is not None]
     warmup = f", after {config.warmup_steps} steps of warm-up" if config.warmup_steps else ""
@@ -131,15 +131,9 @@ def _facts(config: TrainConfig, manifest: dict[str, Any]) -> list[tuple[str, str
         ("learning rate", f"{config.learning_rate:g}{warmup}"),
         ("steps", f"{config.max_steps:,} of {config.global_batch_size} pairs"),
         ("trained", f"LoRA of rank {lora['rank']}" if isinstance(lora, dict) and "rank" in lora else "all weights"),
-        (
-            "pairs",
-            f"{pairs:,}, and {held_out:,} held out" if isinstance(pairs, int) and isinstance(held_out, int) else "",
-        ),
+        ("pairs", f"{pairs}, and {held_out} held out" if pairs is not None and held_out is not None else ""),
         ("labelled by", ", ".join(map(str, manifest.get("labelled_by") or []))),
-        (
-            "data",
-            " ".join(str(value) for value in config.data.model_dump(mode="json", include={"type", "path"}).values()),
-        ),
+        ("data", " ".join(map(str, (data["type"], data.get("path", ""))))),
         ("safeguard", f"mu={config.safeguard_mu:g}" if config.safeguard_mu is not None else ""),
         ("regularizers", ", ".join(f"{k}={v:g}" for k, v in config.regularizers.model_dump().items() if v)),
         ("timesteps", config.weighting.timesteps),

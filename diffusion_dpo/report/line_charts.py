@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from diffusion_dpo.report.figures import relative, significant
+from diffusion_dpo.report.charts import Tick, _nice_ticks
+from diffusion_dpo.report.figures import DASH, relative, significant
 from diffusion_dpo.report.training_log import Curve
 
 WIDTH_PX, HEIGHT_PX = 360, 210
@@ -46,13 +47,6 @@ class Chart:
     lines: tuple[Line, ...]
     unit: Unit = "number"
     levels: tuple[tuple[float, str], ...] = ()
-
-
-class Tick(NamedTuple):
-    """A labelled position on an axis."""
-
-    at: float
-    label: str
 
 
 class Trace(NamedTuple):
@@ -136,11 +130,10 @@ def _trace(line: Line, x: Scale, y: Scale) -> Trace:
         marks = list(zip(x(line.curve.steps[known]).tolist(), y(line.curve.values[known]).tolist(), strict=True))
     band = ""
     if line.band is not None:
-        low, high = (
-            decimate(Curve(line.curve.steps, line.curve.values + sign * line.band), _BUCKETS) for sign in (-1, 1)
-        )
-        low, high = (Curve(it.steps[np.isfinite(it.values)], it.values[np.isfinite(it.values)]) for it in (low, high))
-        if len(low.steps) > 1:
+        known = np.isfinite(line.band)
+        steps, middle, width = (it[known] for it in (line.curve.steps, line.curve.values, line.band))
+        low, high = (decimate(Curve(steps, middle + sign * width), _BUCKETS) for sign in (-1, 1))
+        if len(steps) > 1:
             back = Curve(low.steps[::-1], low.values[::-1])
             band = _path(high, x, y) + _path(back, x, y).replace("M", "L", 1) + "Z"
     raw = "" if line.raw is None else _path(decimate(line.raw, _BUCKETS), x, y)
@@ -175,11 +168,10 @@ def _range(lines: Sequence[Line], chart: Chart) -> tuple[float, float]:
         if not len(values):
             return 0.0, 1.0
         low, high = math.floor(float(values.min()) * 4) / 4, math.ceil(float(values.max()) * 4) / 4
-        return (
-            (low, high) if high - low >= 1 else (math.floor(low), math.floor(low) + math.ceil(high - low + 1e-9) + 1)
-        )
+        return (low, high) if high - low >= 1 else (math.floor(low), math.floor(low) + 2)
     low, high = float(values.min()), float(values.max())
-    room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    is_flat = high - low <= 1e-12 * max(abs(low), abs(high))
+    room = (0.1 * abs(high) or 1.0) if is_flat else 0.06 * (high - low)
     return low - room, high + room
 
 
@@ -188,7 +180,7 @@ def _value_ticks(low: float, high: float, unit: Unit) -> list[tuple[float, str]]
         every = max(1, math.ceil((high - low) / 5))
         powers = range(math.ceil(low), math.floor(high) + 1, every)
         return [(10.0**power, significant(10.0**power)) for power in powers]
-    values = nice_ticks(low, high, 4)
+    values = _nice_ticks(low, high, 4)
     if unit == "relative":
         return [(value, relative(value) if value else f"0{relative(0)[-2:]}") for value in values]
     step = values[1] - values[0] if len(values) > 1 else 1.0
@@ -197,17 +189,9 @@ def _value_ticks(low: float, high: float, unit: Unit) -> list[tuple[float, str]]
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
-    inner = sorted({round(value) for value in nice_ticks(first, last, 4)}) if last > first else []
+    inner = sorted({round(value) for value in _nice_ticks(first, last, 4)}) if last > first else []
     room = (last - first) / 12
     return [first, *(step for step in inner if first + room < step < last - room), *([last] if last > first else [])]
-
-
-def nice_ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers within [low, high], about so many."""
-    raw = (high - low) / about
-    magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * (1 - 1e-9))
-    return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _px(scale: Scale, value: float) -> float:
@@ -226,7 +210,7 @@ def _readable(lines: Sequence[Line], x: Scale, unit: Unit) -> list[tuple[float, 
             value = float(line.curve.values[place]) if place >= 0 else math.nan
             shown = relative(value) if unit == "relative" else significant(value)
             error = "" if line.band is None or place < 0 else _error_text(float(line.band[place]), unit)
-            texts.append(shown + error if math.isfinite(value) else "–")
+            texts.append(shown + error if math.isfinite(value) else DASH)
         rows.append((round(_px(x, step), 1), f"{step:,}", texts))
     return rows
 

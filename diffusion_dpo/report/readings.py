@@ -14,7 +14,7 @@ import numpy as np
 from diffusion_dpo.report import alarms, words
 from diffusion_dpo.report.alarms import FEWEST_STEPS, SURE
 from diffusion_dpo.report.figures import relative as percent_text
-from diffusion_dpo.report.figures import significant, with_error
+from diffusion_dpo.report.figures import relative_with_error, significant, with_error
 from diffusion_dpo.report.training_log import Curve, Log, Point, log_snr
 
 LN_2 = math.log(2)
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Reading:
-    """One thing that the curves say. `clause` is its short form for a headline; `since` the step from which it holds."""
+    """One thing that the curves say, since when, and what to do; `clause` is its short form for a headline."""
 
     kind: Literal["good", "bad", "caution", "plain"]
     text: str
@@ -52,11 +52,9 @@ class Findings:
 def read(log: Log, *, relative: bool, max_steps: int | None = None, max_kl: float | None = None) -> Findings:
     """Return what the curves say; `relative` says whether rewards are measured against the reference."""
     if log.num_steps < FEWEST_STEPS:
-        text = (
-            f"{words.count(log.num_steps, 'steps')} {'was' if log.num_steps == 1 else 'were'} taken: too few to read"
-        )
-        few = Reading("plain", f"Only {text} anything from. From step {FEWEST_STEPS} on, there is more here.")
-        return Findings(f"Only {text}", tuple(it for it in (few, unfinished(log, max_steps, max_kl)) if it))
+        text = f"Only {words.count(log.num_steps, 'steps')}: too few to read anything from"
+        few = Reading("plain", f"{text}. From step {FEWEST_STEPS} on, there is more here.")
+        return Findings(text, tuple(it for it in (few, unfinished(log, max_steps, max_kl)) if it))
     verdict = held_out_accuracy(log)
     found = [
         chosen_error(log),
@@ -102,8 +100,8 @@ def held_out_accuracy(log: Log) -> Reading:
     if not last.standard_error:
         return Reading(
             "caution",
-            f"Held-out accuracy is {shown}, without a standard error: too few prompts were held out to say how much of "
-            "it is chance.",
+            f"Held-out accuracy is {shown}, without a standard error: too few prompts were held out to say how much "
+            "of it is chance.",
             "Hold out more: evaluation.share, evaluation.max_pairs",
             clause=f"Held-out accuracy is {shown}, of too few prompts to tell it from chance",
         )
@@ -129,8 +127,7 @@ def held_out_accuracy(log: Log) -> Reading:
         "caution",
         f"Held-out accuracy is {shown}, which cannot be told from chance (0.50): it is within {SURE:.0f} standard "
         "errors of it.",
-        "Hold out more pairs (evaluation.share, evaluation.max_pairs) to see smaller gains; else train longer, with a "
-        "larger learning_rate, or on clearer pairs (min_margin of `pair`)",
+        "Hold out more pairs to see smaller gains: evaluation.share, evaluation.max_pairs",
         clause=f"Held-out accuracy is {shown}, not told from chance",
     )
 
@@ -145,7 +142,7 @@ def chosen_error(log: Log) -> Reading | None:
         return _chosen_error_of_training(log)
     last = points[-1]
     rejected = log.last("eval/rejected_error")
-    shown = f"held-out error {percent_text(last.value)} ± {percent_text(last.standard_error or 0.0, signed=False)}"
+    shown = f"held-out error {relative_with_error(last)}"
     if _is_worse(last):
         both = rejected is not None and _is_worse(rejected)
         tail = f"; the rejected ones {percent_text(rejected.value)}" if both and rejected else ""
@@ -291,16 +288,17 @@ def not_moved(log: Log) -> Reading | None:
     if _beyond_chance(accuracy) == 0:
         return Reading(
             "bad",
-            f"The loss is still ln 2 ({loss:.4f}) and the training accuracy at chance ({with_error(accuracy)}): nothing "
-            "was learned.",
+            f"The loss is still ln 2 ({loss:.4f}) and the training accuracy at chance ({with_error(accuracy)}): "
+            "nothing was learned.",
             more,
             clause="nothing was learned",
         )
     return Reading(
-        "caution",
+        "bad",
         f"The loss is still ln 2 ({loss:.4f}) though the training accuracy is {with_error(accuracy)}: the policy has "
-        "hardly moved from the reference.",
+        "hardly moved from the reference. Accuracy counts signs alone, however small what is behind them.",
         more,
+        clause="the policy has hardly moved",
     )
 
 
@@ -362,8 +360,8 @@ def skipped_steps(log: Log) -> Reading | None:
         return None
     return Reading(
         "plain",
-        f"In {words.count(amount, 'steps')} the gradient was not finite and the step was skipped: fp16 finds its scale "
-        "like this, a few times at the start.",
+        f"In {words.count(amount, 'steps')} the gradient was not finite and the step was skipped: fp16 finds its "
+        "scale like this, a few times at the start.",
         "If it goes on: mixed_precision=bf16" if amount > len(curve.values) / 100 else "",
     )
 
@@ -384,8 +382,8 @@ def unfinished(log: Log, max_steps: int | None, max_kl: float | None = None) -> 
 
 
 def _beyond_chance(point: Point) -> int:
-    """Return 1 above, -1 below, and 0 within SURE standard errors of 0.5, or where there is none."""
-    if not point.standard_error:
+    """Return 1 above, -1 below, and 0 within SURE standard errors of 0.5, or where there is no standard error."""
+    if point.standard_error is None:
         return 0
     distance = point.value - 0.5
     return int(math.copysign(1, distance)) if abs(distance) > SURE * point.standard_error else 0

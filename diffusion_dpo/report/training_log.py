@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusion_dpo.report import words
 from diffusion_dpo.report.alarms import Average
 
 
@@ -27,6 +28,8 @@ class Point(NamedTuple):
     standard_error: float | None = None
 
 
+_ABSURD = 1e100
+"""No metric is as large; what is, cannot be drawn or squared."""
 EMPTY = Curve(np.empty(0, np.int64), np.empty(0))
 
 
@@ -57,9 +60,8 @@ class Log:
         """Return a held-out metric, evaluation by evaluation, with its standard errors."""
         curve, errors = self.finite(name), self.finite(f"{name}/se")
         known = dict(zip(errors.steps.tolist(), errors.values.tolist(), strict=True))
-        return [
-            Point(step, value, known.get(step)) for step, value in zip(*map(np.ndarray.tolist, curve), strict=True)
-        ]
+        pairs = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
+        return [Point(step, value, known.get(step)) for step, value in pairs]
 
     def last(self, name: str) -> Point | None:
         """Return the last value of a held-out metric."""
@@ -117,14 +119,12 @@ def read_log(lines: Iterable[str]) -> Log:
     notes = []
     if is_last_cut:
         notes.append(
-            "The last line of metrics.jsonl is half-written and left out: the run was stopped, or is at work."
+            "The last line of metrics.jsonl is half-written and left out: the run was stopped, or still works."
         )
     if num_damaged:
-        notes.append(
-            f"{num_damaged} line{'s'[: num_damaged != 1]} of metrics.jsonl could not be read and are left out."
-        )
+        notes.append(f"Of metrics.jsonl, {words.count(num_damaged, 'lines')} could not be read.")
     if num_replaced:
-        notes.append(f"{num_replaced} steps were logged twice; what was logged last is shown.")
+        notes.append(f"{words.count(num_replaced, 'steps')} logged twice: what was logged last is shown.")
     columns: dict[str, tuple[list[int], list[float]]] = {}
     for step, values in rows:
         for name, value in values.items():
@@ -154,7 +154,7 @@ def _number(value: float | None) -> float:
         number = math.nan if value is None else float(value)
     except OverflowError:  # an integer of 400 digits
         return math.nan
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) < _ABSURD else math.nan
 
 
 def _relative(policy: Curve, reference: Curve) -> Curve:

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from diffusion_dpo.report import line_charts, words
-from diffusion_dpo.report.figures import relative, significant, with_error
+from diffusion_dpo.report.alarms import SURE
+from diffusion_dpo.report.figures import DASH, relative, relative_with_error, significant, with_error
 from diffusion_dpo.report.line_charts import Chart, Line, Plot, plot
 from diffusion_dpo.report.page import asset, fill
 from diffusion_dpo.report.readings import LN_2, Findings
@@ -91,8 +92,8 @@ def charts(log: Log) -> list[Chart]:
             levels=((0.5, "chance"),),
         ),
         Chart(
-            "Errors against the reference, held out",
-            "Below zero is better than before training; what counts is that the chosen one stays there",
+            "Held-out errors",
+            "Relative to the reference: below zero is better than before training, where the chosen one should stay",
             (
                 _held_out(log, "eval/chosen_error", "chosen", "chosen"),
                 _held_out(log, "eval/rejected_error", "rejected", "rejected"),
@@ -101,8 +102,8 @@ def charts(log: Log) -> list[Chart]:
             ((0.0, "reference"),),
         ),
         Chart(
-            "Errors against the reference, training",
-            "The same on the pairs of each step, as a running average",
+            "Training errors",
+            "The same on the pairs of each step",
             (
                 _averaged(log, "errors/chosen_excess", "chosen", "chosen"),
                 _averaged(log, "errors/rejected_excess", "rejected", "rejected"),
@@ -143,17 +144,18 @@ def charts(log: Log) -> list[Chart]:
             (_averaged(log, "grad_norm", "training"),),
             "log",
         ),
-        Chart("Learning rate", "What the optimizer used", (_exact(log, "learning_rate", "training"),)),
+        Chart(
+            "Learning rate",
+            "What the optimizer used",
+            (Line("training", "training", log.curve("learning_rate")),),
+            levels=((0.0, ""),),
+        ),
     ]
 
 
 def _averaged(log: Log, metric: str, name: str, kind: Any = "training") -> Line:
     curve, _ = log.smooth(metric)
     return Line(name, kind, curve, raw=log.curve(metric))
-
-
-def _exact(log: Log, metric: str, name: str) -> Line:
-    return Line(name, "training", log.curve(metric))
 
 
 def _held_out(log: Log, metric: str, name: str, kind: Any = "held_out") -> Line:
@@ -194,8 +196,8 @@ def _tiles(run: TrainingRun) -> list[tuple[str, str, str, str]]:
     for role in ("chosen", "rejected"):
         point = log.last(f"eval/{role}_error")
         if point:
-            error = f"± {relative(point.standard_error, signed=False)}" if point.standard_error else ""
-            tiles.append((f"Error of {role}", relative(point.value), error or "against the reference", ""))
+            value, _, error = relative_with_error(point).partition(" ± ")
+            tiles.append((f"Error of {role}", value, f"± {error}" if error else "against the reference", ""))
     kl = log.last("eval/kl")
     if kl:
         tiles.append(("KL estimate", significant(kl.value), "nats per image", ""))
@@ -225,8 +227,8 @@ def _levels(log: Log) -> dict[str, Any] | None:
                 "level": words.number(log_snr(level), 1, signed=True),
                 "accuracy": [_cell(accuracy.get(step), 0.5, 0.5, 1) for step in shown],
                 "error": [_cell(error.get(step), 0.0, limit, -1) for step in shown],
-                "last_accuracy": with_error(last[0]) if last[0] else "–",
-                "last_error": relative(last[1].value) if last[1] else "–",
+                "last_accuracy": with_error(last[0]) if last[0] else DASH,
+                "last_error": relative(last[1].value) if last[1] else DASH,
             }
         )
     return {"rows": rows, "steps": shown, "num_evaluations": len(steps)}
@@ -241,7 +243,7 @@ def _cell(point: Point | None, middle: float, limit: float, sign: int) -> dict[s
     return {
         "kind": "better" if distance > 0 else "worse",
         "strength": round(0.12 + 0.88 * min(1.0, math.sqrt(abs(distance))), 2) if distance else 0,
-        "is_sure": bool(point.standard_error) and abs(point.value - middle) > 3 * (point.standard_error or 0.0),
+        "is_sure": bool(point.standard_error) and abs(point.value - middle) > SURE * (point.standard_error or 0.0),
         "label": f"step {point.step:,}: {shown}",
     }
 
