@@ -106,7 +106,7 @@ def _is_relative(config: TrainConfig | None, log: Log) -> bool:
     """Whether rewards are measured against the reference, so that 0 is where they start."""
     if config is None:
         return bool(len(log.curve("errors/reference_chosen").steps))
-    return bool(type(config.loss).needs_reference)  # type: ignore[attr-defined]
+    return bool(type(config.loss).needs_reference)
 
 
 def _read_environment(path: Path) -> list[tuple[str, str]]:

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from diffusion_dpo.report.charts import Tick, _nice_ticks
-from diffusion_dpo.report.figures import DASH, relative, significant
-from diffusion_dpo.report.training_log import Curve
+from diffusion_dpo.report.figures import DASH, relative, relative_with_error, significant
+from diffusion_dpo.report.training_log import Curve, Point
 
 WIDTH_PX, HEIGHT_PX = 360, 210
 LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 46, 350, 12, 182
@@ -207,15 +207,17 @@ def _readable(lines: Sequence[Line], x: Scale, unit: Unit) -> list[tuple[float, 
         texts = []
         for line in lines:
             place = int(np.searchsorted(line.curve.steps, step, side="right")) - 1
-            value = float(line.curve.values[place]) if place >= 0 else math.nan
-            shown = relative(value) if unit == "relative" else significant(value)
-            error = "" if line.band is None or place < 0 else _error_text(float(line.band[place]), unit)
-            texts.append(shown + error if math.isfinite(value) else DASH)
+            texts.append(DASH if place < 0 else _text(line, place, unit))
         rows.append((round(_px(x, step), 1), f"{step:,}", texts))
     return rows
 
 
-def _error_text(error: float, unit: Unit) -> str:
-    if not math.isfinite(error):
-        return ""
-    return f" ± {relative(error, signed=False) if unit == 'relative' else significant(error)}"
+def _text(line: Line, place: int, unit: Unit) -> str:
+    value = float(line.curve.values[place])
+    error = math.nan if line.band is None else float(line.band[place])
+    if not math.isfinite(value):
+        return DASH
+    known = Point(0, value, error if math.isfinite(error) else None)
+    if unit == "relative":
+        return relative_with_error(known)
+    return significant(value) + (f" ± {significant(error)}" if known.standard_error else "")

@@ -64,8 +64,9 @@ if (viewer) {
     byId("viewer-step").value = film.querySelectorAll("thead th")[column].textContent;
     byId("viewer-prompt").textContent = film.querySelectorAll(".caption")[row].textContent;
     byId("viewer-image").alt = `${byId("viewer-step").value}: ${byId("viewer-prompt").textContent}`;
-    byId("back").disabled = !beside(button, WAYS.ArrowLeft);
-    byId("on").disabled = !beside(button, WAYS.ArrowRight);
+    // Not `disabled`: a button that is, while it has the focus, swallows the arrow keys.
+    byId("back").ariaDisabled = String(!beside(button, WAYS.ArrowLeft));
+    byId("on").ariaDisabled = String(!beside(button, WAYS.ArrowRight));
   };
 
   film.addEventListener("click", (event) => {

@@ -191,8 +191,8 @@ def _tiles(run: TrainingRun) -> list[tuple[str, str, str, str]]:
     if accuracy:
         tiles.append(("Held-out accuracy", f"{accuracy.value:.2f}", _plus_minus(accuracy, 2), ""))
     elif log.smooth("rewards/accuracies")[0].steps.size:
-        value = float(log.smooth("rewards/accuracies")[0].values[-1])
-        tiles.append(("Training accuracy", f"{value:.2f}", "running average", ""))
+        average = float(log.smooth("rewards/accuracies")[0].values[-1])
+        tiles.append(("Training accuracy", f"{average:.2f}", "running average", ""))
     for role in ("chosen", "rejected"):
         point = log.last(f"eval/{role}_error")
         if point:
