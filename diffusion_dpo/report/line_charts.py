@@ -10,9 +10,10 @@ import numpy as np
 from diffusion_dpo.report.charts import Tick, _nice_ticks
 from diffusion_dpo.report.figures import DASH, relative, relative_with_error, significant
 from diffusion_dpo.report.training_log import Curve, Point
+from diffusion_dpo.report.words import number
 
 WIDTH_PX, HEIGHT_PX = 360, 210
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 46, 350, 12, 182
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 56, 352, 12, 182
 """Edges of the area that is drawn in."""
 _BUCKETS = RIGHT_PX - LEFT_PX
 """Of longer curves the lowest and the highest value in each of so many parts are drawn."""
@@ -185,7 +186,7 @@ def _value_ticks(low: float, high: float, unit: Unit) -> list[tuple[float, str]]
         return [(value, relative(value) if value else f"0{relative(0)[-2:]}") for value in values]
     step = values[1] - values[0] if len(values) > 1 else 1.0
     places = max(0, -math.floor(math.log10(step) + 1e-9)) + (1 if f"{step:.1e}".startswith("2.5") else 0)
-    return [(value, f"{value:,.{places}f}" if places < 6 else significant(value)) for value in values]
+    return [(value, significant(value) if places > 3 else number(value, places)) for value in values]
 
 
 def _step_ticks(first: int, last: int) -> list[int]:

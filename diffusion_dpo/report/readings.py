@@ -57,13 +57,13 @@ def read(log: Log, *, relative: bool, max_steps: int | None = None, max_kl: floa
         return Findings(text, tuple(it for it in (few, unfinished(log, max_steps, max_kl)) if it))
     verdict = held_out_accuracy(log)
     found = [
+        large_margin(log) if relative else None,
         chosen_error(log),
         memorising(log) if relative else None,
         saturated(log) if relative else None,
         past_its_best(log),
         not_moved(log) if relative else None,
         at_chance(log) if relative else None,
-        large_margin(log) if relative else None,
         gradient_spikes(log),
         skipped_steps(log),
         noise_levels(log),
@@ -128,7 +128,7 @@ def held_out_accuracy(log: Log) -> Reading:
         f"Held-out accuracy is {shown}, which cannot be told from chance (0.50): it is within {SURE:.0f} standard "
         "errors of it.",
         "Hold out more pairs to see smaller gains: evaluation.share, evaluation.max_pairs",
-        clause=f"Held-out accuracy is {shown}, not told from chance",
+        clause=f"Held-out accuracy, {shown}, cannot be told from chance",
     )
 
 
@@ -318,17 +318,20 @@ def at_chance(log: Log) -> Reading | None:
 
 
 def large_margin(log: Log) -> Reading | None:
-    """Whether a step's mean margin of rewards was beyond alarms.LOGIT_LIMIT."""
+    """Whether mean margins of rewards are beyond alarms.LOGIT_LIMIT: on average, which is bad, or in single steps."""
     curve = log.finite("rewards/margins")
+    average, _ = log.smooth("rewards/margins")
     steps = curve.steps[np.abs(curve.values) > alarms.LOGIT_LIMIT]
     if not len(steps):
         return None
     largest = float(curve.values[np.abs(curve.values).argmax()])
+    since = _since_step(average, np.abs(average.values) > alarms.LOGIT_LIMIT)
     return Reading(
-        "bad",
+        "caution" if since is None else "bad",
         f"The mean margin of rewards was beyond ±{alarms.LOGIT_LIMIT:.0f} in {len(steps):,} of {len(curve.steps):,} "
         f"steps, the first of them step {int(steps[0]):,}, and {significant(largest)} at most, "
         f"{alarms.FLAT_OR_EXPLODES}.",
+        since=since,
         clause="its margins are where the loss no longer works",
     )
 

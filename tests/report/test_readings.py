@@ -141,6 +141,13 @@ def test_without_held_out_pairs_the_training_pairs_speak() -> None:
     assert found is not None and "of the training pairs" in found.text and found.since == alarms.FEWEST_STEPS
 
 
+def test_a_margin_is_bad_where_it_stays_large() -> None:
+    single = readings.large_margin(make_log(lambda step: {"rewards/margins": 25.0 if step == 99 else 1.0}))
+    lasting = readings.large_margin(make_log(after(50, training("rewards/margins", 25.0))))
+    assert single and (single.kind, single.since) == ("caution", None)
+    assert lasting and lasting.kind == "bad" and 50 < (lasting.since or 0) < 100
+
+
 def test_memorising_is_told_once() -> None:
     log = make_log(both(training("rewards/accuracies", 1.0), accuracy(0.5)))
     assert readings.memorising(log) is not None and readings.saturated(log) is None
@@ -207,7 +214,7 @@ def test_the_headline_says_the_verdict_and_the_worst() -> None:
     assert [it.kind for it in found.readings] == ["good", "bad", "caution", "plain", "plain"]
     assert found.readings[-1].text.startswith("200 of 400 steps are taken so far")
     found = read(make_log(both(flat(math.log(2), 0.5), accuracy(0.5))), relative=True)
-    assert found.headline.endswith("not told from chance, and nothing was learned")
+    assert found.headline.endswith("cannot be told from chance, and nothing was learned")
 
 
 def test_few_steps_are_not_read() -> None:

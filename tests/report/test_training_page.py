@@ -42,7 +42,7 @@ def test_the_page_is_complete_without_its_script() -> None:
     tags = Elements(text).tags
     assert sum(tag == "figure" for tag, _ in tags) == 9
     assert sum(tag == "img" for tag, _ in tags) == 5 + 1  # of six previews one is missing; the last is the viewer's
-    assert "Held-out accuracy is 0.65 ± 0.03, better than chance." in text
+    assert "Held-out accuracy is 0.65\u00a0±\u00a00.03, better than chance." in text
     assert (
         text.index("What the curves say") < text.index("The curves") < text.index("Previews") < text.index("The run<")
     )
