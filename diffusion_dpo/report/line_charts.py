@@ -13,7 +13,7 @@ from diffusion_dpo.report.training_log import Curve, Point
 from diffusion_dpo.report.words import number
 
 WIDTH_PX, HEIGHT_PX = 360, 210
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 56, 352, 12, 182
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 60, 352, 12, 182
 """Edges of the area that is drawn in."""
 _BUCKETS = RIGHT_PX - LEFT_PX
 """Of longer curves the lowest and the highest value in each of so many parts are drawn."""

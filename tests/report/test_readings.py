@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from diffusion_dpo.report import alarms, readings
+from diffusion_dpo.report import held_out_readings as held
+from diffusion_dpo.report.reading import Reading
 from diffusion_dpo.report.readings import read
 from diffusion_dpo.report.training_log import Curve, Log
 from diffusion_dpo.training.health import Health
 from tests.report.training_runs import Change, make_lines, make_log, nothing, without_evaluation
 
-Reader = Callable[[Log], readings.Reading | None]
+Reader = Callable[[Log], Reading | None]
 
 
 def held_out(**values: float) -> Change:
@@ -60,19 +62,19 @@ def spikes(size: float, *steps: int) -> Change:
 
 
 CASES: list[tuple[Reader, Change, Change, str]] = [
-    (readings.chosen_error, chosen(0.0099), chosen(0.0101), r"worse than .* reference \(held-out error \+1\.0.% ± "),
-    (readings.chosen_error, chosen(0.05, 0.018), chosen(0.05, 0.016), r"worse than by the reference"),
-    (readings.chosen_error, chosen(-0.0099), chosen(-0.0101), r"better than by the reference"),
-    (readings.memorising, accuracy(0.56), accuracy(0.54), r"0\.70 while that of held-out pairs is 0\.54 ± 0\.03"),
-    (readings.memorising, accuracy(0.5, 0.07), accuracy(0.5, 0.06), r"the policy memorises its pairs"),
+    (held.chosen_error, chosen(0.0099), chosen(0.0101), r"worse than .* \(held-out error \+1\.0.% ± "),
+    (held.chosen_error, chosen(0.05, 0.018), chosen(0.05, 0.016), r"worse than by the reference"),
+    (held.chosen_error, chosen(-0.0099), chosen(-0.0101), r"better than by the reference"),
+    (held.memorising, accuracy(0.56), accuracy(0.54), r"0\.70 while that of held-out pairs is 0\.54 ± 0\.03"),
+    (held.memorising, accuracy(0.5, 0.07), accuracy(0.5, 0.06), r"the policy memorises its pairs"),
     (
-        readings.past_its_best,
+        held.past_its_best,
         after(100, accuracy(0.63), accuracy(0.75)),
         after(100, accuracy(0.62), accuracy(0.75)),
         r"best at step 20, 0\.75 ± 0\.03, and has fallen to 0\.62",
     ),
-    (readings.noise_levels, level(0.10, 0.004, 0.045), level(0.1, 0.004, 0.04), r"SNR .4\.64.*almost noise.*\+10.%"),
-    (readings.noise_levels, level(0.01, 0.001, 0.0), level(0.011, 0.001, 0.0), r"\+1\.1.%, against 0\.00.%"),
+    (held.noise_levels, level(0.10, 0.004, 0.045), level(0.1, 0.004, 0.04), r"SNR .4\.64.*almost noise.*\+10.%"),
+    (held.noise_levels, level(0.01, 0.001, 0.0), level(0.011, 0.001, 0.0), r"\+1\.1.%, against 0\.00.%"),
     (
         readings.saturated,
         both(training("rewards/accuracies", 0.979), accuracy(0.9)),
@@ -104,7 +106,7 @@ def test_a_reading_holds_on_one_side_of_its_threshold(reader: Reader, below: Cha
 
 @pytest.mark.parametrize(("value", "kind"), [(0.589, "caution"), (0.591, "good"), (0.411, "caution"), (0.409, "bad")])
 def test_held_out_accuracy_is_beyond_chance_by_three_standard_errors(value: float, kind: str) -> None:
-    found = readings.held_out_accuracy(make_log(accuracy(value)))
+    found = held.held_out_accuracy(make_log(accuracy(value)))
     assert (found.kind, found.since) == (kind, None if kind == "caution" else 20)
     assert f"{value:.2f} ± 0.03" in found.text
 
@@ -112,18 +114,18 @@ def test_held_out_accuracy_is_beyond_chance_by_three_standard_errors(value: floa
 def test_accuracy_without_a_standard_error_claims_nothing() -> None:
     """One prompt has none; and of very few, all may be right, which leaves an error of 0."""
     for error in (0.0, float("nan")):
-        found = readings.held_out_accuracy(make_log(accuracy(1.0, error)))
+        found = held.held_out_accuracy(make_log(accuracy(1.0, error)))
         assert found.kind == "caution" and "too few prompts" in found.text
-    assert readings.held_out_accuracy(without_evaluation()).text.startswith("No held-out pairs were evaluated")
+    assert held.held_out_accuracy(without_evaluation()).text.startswith("No held-out pairs were evaluated")
 
 
 @pytest.mark.parametrize(
     ("reader", "log", "since"),
     [
-        (readings.held_out_accuracy, make_log(after(90, accuracy(0.7), accuracy(0.5))), 100),
-        (readings.chosen_error, make_log(after(110, chosen(0.2))), 120),
-        (readings.chosen_error, make_log(lambda step: chosen(0.2 if step != 160 else 0.0)(step)), 180),
-        (readings.memorising, make_log(after(61, accuracy(0.5), accuracy(0.65))), 80),
+        (held.held_out_accuracy, make_log(after(90, accuracy(0.7), accuracy(0.5))), 100),
+        (held.chosen_error, make_log(after(110, chosen(0.2))), 120),
+        (held.chosen_error, make_log(lambda step: chosen(0.2 if step != 160 else 0.0)(step)), 180),
+        (held.memorising, make_log(after(61, accuracy(0.5), accuracy(0.65))), 80),
         (readings.saturated, without_evaluation(training("rewards/accuracies", 1.0)), 20),
     ],
 )
@@ -136,8 +138,8 @@ def test_without_held_out_pairs_the_training_pairs_speak() -> None:
     def worse(by: float) -> Log:
         return without_evaluation(lambda step: {"errors/reference_chosen": 1.0, "errors/chosen": 1 + by})
 
-    assert readings.chosen_error(worse(0.0099)) is None
-    found = readings.chosen_error(worse(0.0101))
+    assert held.chosen_error(worse(0.0099)) is None
+    found = held.chosen_error(worse(0.0101))
     assert found is not None and "of the training pairs" in found.text and found.since == alarms.FEWEST_STEPS
 
 
@@ -150,7 +152,7 @@ def test_a_margin_is_bad_where_it_stays_large() -> None:
 
 def test_memorising_is_told_once() -> None:
     log = make_log(both(training("rewards/accuracies", 1.0), accuracy(0.5)))
-    assert readings.memorising(log) is not None and readings.saturated(log) is None
+    assert held.memorising(log) is not None and readings.saturated(log) is None
 
 
 def test_training_and_its_report_tell_of_the_same_step() -> None:
@@ -166,7 +168,11 @@ def test_training_and_its_report_tell_of_the_same_step() -> None:
         for alarm in health.watch(row):
             given[alarm.split()[1].replace("gradient's", "norm")] = row["step"]
     log = without_evaluation(trouble)
-    error, right, gradient = readings.chosen_error(log), readings.saturated(log), readings.gradient_spikes(log)
+    error, right, gradient = (
+        held.chosen_error(log),
+        readings.saturated(log),
+        readings.gradient_spikes(log),
+    )
     assert error and right and gradient
     assert (error.since, right.since) == (given["chosen"], given["implicit"])
     assert f"at step {given['norm']}." in gradient.text
@@ -189,10 +195,10 @@ def test_noise_is_read_as_nothing() -> None:
             "rewards/accuracies": Curve(train_steps, 0.5 + rng.normal(0, 0.1, len(train_steps))),
         }
         log = Log(curves, 1, 160, 160)
-        claims["accuracy"] += readings.held_out_accuracy(log).kind != "caution"
-        claims["best"] += readings.past_its_best(log) is not None
-        claims["error"] += readings.chosen_error(log) is not None
-        claims["memorising"] += readings.memorising(log) is not None
+        claims["accuracy"] += held.held_out_accuracy(log).kind != "caution"
+        claims["best"] += held.past_its_best(log) is not None
+        claims["error"] += held.chosen_error(log) is not None
+        claims["memorising"] += held.memorising(log) is not None
     assert claims["accuracy"] < 50 and claims["error"] < 50, claims
     assert claims["best"] < 50 and claims["memorising"] < 50, claims
 
