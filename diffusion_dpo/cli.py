@@ -91,7 +91,7 @@ class _VerbCommand(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the verb in the usage line."""
-        return ["[PATH]" if self.name == "inspect" else "[CONFIG.yaml]", "[key=value ...]"]
+        return ["[PATH]" if self.name in ("inspect", "report") else "[CONFIG.yaml]", "[key=value ...]"]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage, the verb's one sentence, its options and its settings."""
@@ -116,7 +116,7 @@ def _add_verb(verb: str) -> None:
 
 
 for _verb in VERBS:
-    if _verb not in ("inspect", "label", "train", "compare", "export"):
+    if _verb not in ("inspect", "label", "train", "report", "compare", "export"):
         _add_verb(_verb)
 
 
@@ -172,21 +172,28 @@ def _export(
         typer.Option("--check", help="Say what a FILE is, whether it fits [pretrained=...], and what it changes."),
     ] = False,
 ) -> None:
-    path, overrides = _split(arguments or [])
-    if not check:
-        _run("export", load(VERBS["export"], path, overrides))
-        return
-    if path is not None:
-        overrides = [f"path={json.dumps(path)}", *overrides]
-    _run("check", load(CheckConfig, None, overrides))
+    if check:
+        _run("check", load(CheckConfig, None, _path_first(arguments)))
+    else:
+        _run("export", load(VERBS["export"], *_split(arguments or [])))
 
 
 @app.command("inspect", help=VERBS["inspect"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
 def _inspect(arguments: _Arguments = None) -> None:
+    _run("inspect", load(VERBS["inspect"], None, _path_first(arguments)))
+
+
+@app.command("report", help=VERBS["report"].__doc__, cls=_VerbCommand, context_settings=_SETTINGS)
+def _report(arguments: _Arguments = None) -> None:
+    _run("run_report", load(VERBS["report"], None, _path_first(arguments)))  # report/ is what draws all pages
+
+
+def _path_first(arguments: list[str] | None) -> list[str]:
+    """Return the settings of a verb whose first argument may be its `path`."""
     path, overrides = _split(arguments or [])
     if path is not None:
         overrides = [f"path={json.dumps(path)}", *overrides]  # JSON quotes what YAML would misread
-    _run("inspect", load(VERBS["inspect"], None, overrides))
+    return overrides
 
 
 @app.command("doctor", help="What this machine can do: device, precision, memory, disk, versions, extras, the hub.")

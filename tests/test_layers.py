@@ -33,6 +33,7 @@ LAYERS = [
         "doctor",
         "dry_run",
         "power",
+        "run_report",
     },
     {"demo", "find_beta"},  # verbs, one after the other
     {"cli", "cli_help", "launch", "__main__"},

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -56,6 +57,13 @@ def compare_command(config: TrainConfig) -> str:
         baseline["baseline.adapter_path"] = model["adapter_path"]
     prompts = {} if model.get("pretrained") == "pocket" else {"prompts_path": "PROMPTS.txt"}
     return command("compare", {**baseline, "models.tuned.adapter_path": config.output_dir, **prompts})
+
+
+def report_command(run_dir: Path) -> str:
+    """Return the command that makes a page of what happened in a training run."""
+    if "=" in str(run_dir):  # which the command line takes for a setting
+        return command("report", {"path": run_dir})
+    return shlex.join(["diffusion-dpo", "report", str(run_dir)])
 
 
 def write_card(config: TrainConfig, adapter: Path, facts: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from diffusion_dpo.settings.data import PairConfig as PairConfig
 from diffusion_dpo.settings.data import ScoreConfig as ScoreConfig
 from diffusion_dpo.settings.data import Variant as Variant
 from diffusion_dpo.settings.label import LabelConfig as LabelConfig
+from diffusion_dpo.settings.report import ReportConfig as ReportConfig
 from diffusion_dpo.settings.sharing import CheckConfig as CheckConfig
 from diffusion_dpo.settings.sharing import ExportConfig as ExportConfig
 from diffusion_dpo.settings.sharing import PushConfig as PushConfig
@@ -43,6 +44,7 @@ VERBS: dict[str, type[Config]] = {
     "pair": PairConfig,
     "label": LabelConfig,
     "train": TrainConfig,
+    "report": ReportConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "export": ExportConfig,

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from PIL.PngImagePlugin import PngInfo
+
 from diffusion_dpo.files import atomic_path
 from diffusion_dpo.sampling import DrawRequest, draw, image_seed
 from diffusion_dpo.training import Run
@@ -34,4 +36,11 @@ def preview_if_due(run: Run, training_prompts: Sequence[str], step: int, *, is_l
             continue
         for number, image in enumerate(images, start=start):
             with atomic_path(folder / f"{number:02d}.png") as partial:
-                image.save(partial, format="PNG")
+                image.save(partial, format="PNG", pnginfo=_says(requests[number].prompt))
+
+
+def _says(prompt: str) -> PngInfo:
+    """Return the prompt as text of a PNG file, so that whoever finds it knows what it shows; `report` reads it."""
+    info = PngInfo()
+    info.add_itxt("prompt", prompt.encode("utf-8", "replace").decode("utf-8"))
+    return info
