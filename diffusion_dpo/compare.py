@@ -18,6 +18,7 @@ from diffusion_dpo.comparing import Compared, Wall
 from diffusion_dpo.comparing.drawing import draw_all
 from diffusion_dpo.comparing.judging import Distances, judge, judge_shares, refuse_unusable
 from diffusion_dpo.comparing.lineup import implicit_accuracy, line_up, num_trained_on, refuse_missing
+from diffusion_dpo.comparing.people import votes_as_scores
 from diffusion_dpo.comparing.roles import roles_of
 from diffusion_dpo.config import command, dump
 from diffusion_dpo.console import say, show, warn
@@ -65,6 +66,8 @@ def run(config: CompareConfig) -> Path:
             judge_shares(config, wall, processes)
         if processes.is_main:
             scores, distances = judge(config, wall, roles)
+            if config.human is not None:
+                scores += votes_as_scores(config.human, wall)
             report = _report(config, lineup, wall, scores, distances, device, identity)
             page = write_report(config.output_dir, report, scores, _gallery(config, wall), embed=config.embed_images)
             shards = {

@@ -13,14 +13,17 @@ import pytest
 from diffusion_dpo import compare, train
 from diffusion_dpo.comparing import drawing
 from diffusion_dpo.comparing.lineup import trained_on_metrics
-from diffusion_dpo.config import ConfigError, dump, validate
+from diffusion_dpo.config import ConfigError, dump, load, validate
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.files import write_json
+from diffusion_dpo.label.items import make_items
+from diffusion_dpo.label.log import Log
+from diffusion_dpo.label.study import Study
 from diffusion_dpo.pocket.world import distinct_scenes
 from diffusion_dpo.report import MetricResult, Report
-from diffusion_dpo.settings import CompareConfig
+from diffusion_dpo.settings import CompareConfig, LabelConfig
 from tests.fakes import make_stable_diffusion
 from tests.runs import make_config
 from tests.test_processes import ACCELERATE
@@ -238,6 +241,30 @@ def test_the_pairs_of_a_comparison_can_be_read_again(models: tuple[Path, Path], 
     assert all((pair.baseline.uid == pair.other.uid) == (pair.model == "a") for pair in pairs)
     assert all(pair.baseline.seed == pair.other.seed and pair.baseline.data for pair in pairs)
     assert len({pair.prompt_id for pair in pairs}) == 4 and pairs[0].prompt == pairs[4].prompt
+
+
+def test_peoples_votes_stand_beside_the_judges(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A rater who always prefers the second model's images, and cannot tell the first pair apart."""
+    two = {"a": {"pretrained": str(models[1])}, "same": {}}
+    run(config(*models, tmp_path / "compare", models=two))
+    label_config = load(LabelConfig, None, [f"path={tmp_path / 'compare'}", f"output_dir={tmp_path / 'votes'}"])
+    (tmp_path / "votes").mkdir()
+    items = make_items(label_config, tmp_path / "votes")
+    assert len(items) == 8 and {item.model for item in items} == {"a"}  # equal images are not asked about
+    with Log(tmp_path / "votes" / "votes.jsonl") as log:
+        study = Study(label_config, items, log)
+        for number, task in enumerate(study.tasks("ann", 8)):
+            answer = "tie" if number == 0 else "right" if task.left == "first" else "left"
+            study.vote("ann", task.id, answer, key=f"vote-{number}", reason="", seconds=1)
+    report = run(config(*models, tmp_path / "compare", models=two, human=str(tmp_path / "votes")))
+    people = result_of(report, "people", "a")
+    assert (people.role, people.wins, people.ties, people.losses) == ("human", 7, 1, 0)
+    assert people.win_rate == pytest.approx(15 / 16)
+    assert result_of(report, "people", "same").num_pairs == 0
+    with pytest.raises(ConfigError, match="none of its 8 pairs with votes is of these images"):
+        compare.run(config(*models, tmp_path / "other", seed=5, human=str(tmp_path / "votes")))
+    with pytest.raises(ConfigError, match="is no folder of `label`"):
+        compare.run(config(*models, tmp_path / "compare", human=str(tmp_path / "compare")))
 
 
 def test_prompts_that_were_trained_on_are_counted(

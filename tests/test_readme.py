@@ -55,9 +55,9 @@ def test_command_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert arguments[3:5] == ["-m", "diffusion_dpo"]
         program, arguments = "diffusion-dpo", arguments[5:]
     if program == "diffusion-dpo":
-        for verb in (*VERBS, "demo", "doctor", "find_beta", "dry_run", "check"):
+        for verb in (*VERBS, "demo", "doctor", "find_beta", "dry_run", "check", "power", "run_report"):
             module = types.ModuleType(f"diffusion_dpo.{verb}")
-            module.run = lambda config: 0  # type: ignore[attr-defined]
+            module.run = module.export = lambda *arguments: 0  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
             monkeypatch.setattr(f"diffusion_dpo.{verb}", module, raising=False)
         assert main(arguments) == 0

@@ -49,9 +49,11 @@ def draw_all(
     """Draw what is missing, one model in memory at a time; return all images. Several processes share the shards."""
     precision = str(dtype).removeprefix("torch.")
     plan = {compared.name: _plan(config, compared, prompts, precision) for compared in lineup}
+    # looked up once, by one process: the others may be drawing already while one still looks
+    there = processes.from_main({str(it.path) for shards in plan.values() for it in shards if it.path.exists()})
     for compared in lineup:
         shards = plan[compared.name]
-        missing = [shard for shard in shards if not shard.path.exists()]
+        missing = [shard for shard in shards if str(shard.path) not in there]
         if not missing:
             say(f"{compared.name}: all {len(prompts) * config.seeds_per_prompt} images are there already")
             continue

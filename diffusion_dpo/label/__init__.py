@@ -20,6 +20,7 @@ from diffusion_dpo.label.pairs import write_pairs
 from diffusion_dpo.label.study import Study
 from diffusion_dpo.settings import LabelConfig
 
+_ANY = ("0.0.0.0", "::")
 _DECIDES: Any = {"path", "data", "pairs_per_prompt", "max_pairs", "checks_share", "repeat_share", "seed"}
 
 
@@ -32,9 +33,8 @@ def run(config: LabelConfig) -> Path:
         listener = _listen(config)
         port = listener.getsockname()[1]
         token = config.token or secrets.token_urlsafe(18)
-        shown = f"[{config.host}]" if ":" in config.host else config.host
         say(f"label: {len(study.items)} pairs, {study.counts()['pair']} votes so far, in {config.output_dir}")
-        say(f"open: http://{shown}:{port}/?token={token}")
+        say(f"open: http://{_netloc(_own_address(config.host), port)}/?token={token}")
         say("Ctrl-C ends it; nothing is lost, and the same command goes on")
         try:
             _serve(config, study, listener, token, port)
@@ -75,7 +75,7 @@ def _listen(config: LabelConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen()  # whoever opens the address at once is kept waiting, not turned away
+        listener.listen()  # whoever opens the address as soon as it is printed waits, and is not refused
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -90,12 +90,30 @@ def _serve(config: LabelConfig, study: Study, listener: socket.socket, token: st
     from diffusion_dpo.label.server import make_app
 
     names = {config.host, "127.0.0.1", "localhost"} if config.host in ("127.0.0.1", "localhost") else {config.host}
-    if config.host in ("0.0.0.0", "::"):  # whoever comes knows the machine by some name; the token decides
-        names = {socket.gethostname().lower(), "127.0.0.1", "localhost", *_addresses()}
-    hosts = frozenset(f"[{name}]:{port}" if ":" in name else f"{name}:{port}" for name in names)
+    if config.host in _ANY:  # whoever comes knows the machine by some name; the token decides
+        own = {_own_address(host) for host in _ANY}
+        names = {socket.gethostname().lower(), "127.0.0.1", "localhost", "::1", *own, *_addresses()}
+    hosts = frozenset(_netloc(name, port) for name in names)
     app = make_app(study, config.output_dir, token=token, hosts=hosts)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2))
     server.run(sockets=[listener])
+
+
+def _netloc(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _own_address(host: str) -> str:
+    """Return an address to open: of all of this machine's, the one that it has in its network; no packet is sent."""
+    if host not in _ANY:
+        return host
+    family, outside = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((outside, 9))
+            return str(probe.getsockname()[0])
+    except OSError:  # no network
+        return "::1" if ":" in host else "127.0.0.1"
 
 
 def _addresses() -> set[str]:

@@ -73,14 +73,14 @@ def make_items(config: LabelConfig, folder: Path) -> list[Item]:
         for number, (prompt, first, second, model) in enumerate(found):
             advance()
             try:
-                images = [_write(folder, side, names) for side in (first, second)]
+                shown = [_write(folder, side, names) for side in (first, second)]
                 checked = number < round(config.checks_share * len(found))
                 ruined = _write(folder, _Side(_ruin(first.data), f"ruined {first.uid}"), names) if checked else ""
             except BrokenImage as error:
                 num_broken += 1
                 warn(f"left out a pair of {prompt[:60]!r}: {error}")
                 continue
-            items.append(Item(secrets.token_hex(8), prompt, first.uid, second.uid, *images, ruined, model))
+            items.append(Item(secrets.token_hex(8), prompt, first.uid, second.uid, shown[0], shown[1], ruined, model))
     if not items:
         raise ConfigError(
             f"there is nothing to ask about in {config.path}: "
@@ -106,7 +106,8 @@ def _find(config: LabelConfig) -> Iterator[_Found]:
         if isinstance(row, Dropped):
             warn(f"left out {row.where}: {row.reason}")
         elif isinstance(row, PreferencePair) and row.chosen and row.rejected:
-            yield row.prompt, *_of_pair(row, config.seed), ""
+            first, second = _of_pair(row, config.seed)
+            yield row.prompt, first, second, ""
 
 
 def _of_pair(pair: PreferencePair, seed: int) -> list[_Side]:

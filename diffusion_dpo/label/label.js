@@ -24,18 +24,20 @@ function welcome(form) {
     event.preventDefault();
     try {
       await ask("/name", { name: form.elements.name.value });
-      location.reload();
+      location.replace("/");
     } catch (error) { say(error.message); }
   });
 }
 
 function labelling() {
-  const STORE = "unsent votes";
-  const unsent = JSON.parse(localStorage.getItem(STORE) ?? "[]"); // of an earlier visit, when the server was gone
+  const MINE = `vote ${document.body.dataset.study} ${document.body.dataset.rater} `; // one entry a vote: tabs share the store
+  const unsent = Object.keys(localStorage).filter((name) => name.startsWith(MINE)) // of an earlier visit, the server being gone
+    .map((name) => JSON.parse(localStorage.getItem(name))).sort((a, b) => a.made - b.made);
   const loaded = new Map(); // images by name: those that are due are there before they are needed
   let upcoming = [];
-  let done = 0;
+  let known = 0; // votes that the server has
   let total = 0;
+  let drawn = ""; // the question on the page, and since when
   let since = 0;
   let sending = false;
   let isStarted = false;
@@ -51,29 +53,37 @@ function labelling() {
     }
   }
 
+  // What is judged is what is seen: an image that is late leaves the one before it on the page until it comes.
+  const isThere = () => ["left", "right"].every((side) => byId(side).complete);
+  const dim = () => byId("pair").classList.toggle("late", !isThere());
+
   function draw() {
     const [task] = upcoming;
+    const done = known + unsent.length;
     show(byId("pair"), task !== undefined);
     show(byId("actions"), isStarted);
     show(byId("done"), task === undefined && isStarted && unsent.length === 0);
     byId("progress").value = isStarted ? `${done} of ${total}${unsent.length > 1 ? `, ${unsent.length} being saved` : ""}` : "";
     byId("bar").style.setProperty("width", `${total ? (100 * done) / total : 0}%`);
     byId("prompt").textContent = task?.prompt ?? "";
+    if (task?.task === drawn) return;
+    drawn = task?.task;
     if (task === undefined) return;
     for (const [place, side] of ["left", "right"].entries()) {
       for (const id of [side, `zoom-${side}`]) byId(id).src = `/image/${task.images[place]}`;
     }
+    dim();
     byId("prompt").scrollTop = 0;
     since = performance.now();
   }
 
   function take(state) {
     const pending = new Set(unsent.map((vote) => vote.task));
-    const known = new Set(upcoming.map((task) => task.task));
-    upcoming.push(...state.tasks.filter((task) => !known.has(task.task) && !pending.has(task.task)));
+    const current = upcoming.slice(0, 1); // stays, whatever happened in another tab: it is being looked at
+    upcoming = [...current, ...state.tasks.filter(({ task }) => task !== current[0]?.task && !pending.has(task))];
     upcoming.forEach(preload);
     for (const name of loaded.keys()) if (loaded.size > 60) loaded.delete(name);
-    done = state.done + unsent.length;
+    known = state.done;
     total = state.total;
     isStarted = true;
   }
@@ -82,26 +92,30 @@ function labelling() {
     if (sending) return;
     sending = true;
     let pause = 250;
+    let refusal = "";
     while (unsent.length > 0) {
-      const [vote] = unsent;
+      let state;
       try {
-        take(await ask("/vote", vote));
+        state = await ask("/vote", unsent[0]);
       } catch (error) {
-        if (error.status === undefined || error.status >= 500) { // nobody there, or no room: again, a little later
-          say(error.status === undefined ? "The server does not answer. Your votes are kept here and sent again." : error.message);
+        if (![400, 404].includes(error.status)) { // nobody there, no room, a new token: again, a little later
+          const why = error.status === undefined ? "The server does not answer." : `The vote is not saved: ${error.message}.`;
+          say(`${why} Your votes are kept in this browser and sent again.`);
           await wait(pause);
           pause = Math.min(2 * pause, 5000);
           continue;
         }
-        say(error.message);
+        refusal = error.message; // it can never be taken
       }
-      unsent.shift();
-      localStorage.setItem(STORE, JSON.stringify(unsent));
-      if (unsent.length === 0 && byId("problem").textContent.startsWith("The server")) say("");
+      localStorage.removeItem(MINE + unsent.shift().key);
+      if (state) take(state);
+      if (pause > 250) say("");
       pause = 250;
+      draw();
     }
     sending = false;
-    if (upcoming.length === 0) await refill();
+    if (refusal) say(refusal);
+    if (refusal || upcoming.length === 0) await refill();
     draw();
   }
 
@@ -111,12 +125,12 @@ function labelling() {
 
   function vote(answer, reason = "") {
     const [task] = upcoming;
-    if (task === undefined) return;
+    if (task === undefined || (answer !== "skip" && !isThere())) return;
     const seconds = (performance.now() - since) / 1000;
     upcoming.shift();
-    unsent.push({ task: task.task, answer, reason, seconds, key: crypto.randomUUID() });
-    localStorage.setItem(STORE, JSON.stringify(unsent));
-    done += 1;
+    const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    unsent.push({ task: task.task, answer, reason, seconds, key, made: Date.now() });
+    localStorage.setItem(MINE + key, JSON.stringify(unsent.at(-1)));
     say("");
     draw();
     send();
@@ -124,7 +138,10 @@ function labelling() {
 
   async function undo() {
     for (let tries = 0; sending || unsent.length > 0; tries += 1) { // what is on its way arrives first
-      if (tries === 100) return;
+      if (tries === 100) {
+        say("Your last votes are not saved yet; they can be taken back once they are.");
+        return;
+      }
       await wait(20);
     }
     try {
@@ -163,7 +180,17 @@ function labelling() {
     if (zoom.open && event.key !== " ") zoom.close();
     act();
   });
-  for (const button of document.querySelectorAll("[data-answer]")) button.addEventListener("click", () => vote(button.dataset.answer));
+  for (const button of document.querySelectorAll("[data-answer]")) {
+    button.addEventListener("click", (event) => { if (event.detail < 2) vote(button.dataset.answer); }); // a double click is one vote
+  }
+  for (const side of ["left", "right"]) {
+    byId(side).addEventListener("load", dim);
+    byId(side).addEventListener("error", async () => { // a server that is away comes back
+      const missing = byId(side).src;
+      await wait(1000);
+      if (byId(side).src === missing) byId(side).src = missing;
+    });
+  }
   byId("skip").addEventListener("click", keys.s);
   byId("undo").addEventListener("click", undo);
   byId("zoom-button").addEventListener("click", keys[" "]);

@@ -23,7 +23,7 @@ _Outcome = tuple[bool, float]
 def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
     """Write the pairs that the votes make, in place of those of before; return their folder, how many, and the drops.
 
-    Nothing is written where no pair can be made.
+    There is no such folder where no pair can be made.
     """
     votes: dict[str, list[str]] = defaultdict(list)
     for vote in study.standing():
@@ -38,10 +38,12 @@ def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
         else:
             rows.append(pair_row(_pair(study.items[item_id], outcome, folder)))
     target = folder / FOLDER
-    if not rows:
-        return target, 0, dict(drops)
     for left in folder.glob(".pairs-*"):  # of a run that was killed
         shutil.rmtree(left)
+    if not rows:
+        if target.exists():  # of votes that were taken back
+            shutil.rmtree(target)
+        return target, 0, dict(drops)
     staging = folder / f".pairs-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     for number, start in enumerate(range(0, len(rows), _PAIRS_PER_SHARD)):

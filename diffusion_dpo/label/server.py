@@ -19,7 +19,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from diffusion_dpo.data.votes import CHOICES
@@ -37,6 +37,8 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"
 )
+_ONWARD = '<!doctype html><title>Labelling</title><meta http-equiv="refresh" content="0; url=/"><a href="/">Go on</a>'
+"""Instead of a redirect: where a mail or a chat opens the address, a browser sends no strict cookie along with one."""
 _HEADERS = {
     "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
@@ -70,13 +72,16 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
 
     async def home(request: Request) -> Response:
         if "token" in request.query_params:  # checked by the guard: from here on it is a cookie
-            response: Response = RedirectResponse("/", status_code=303)
+            response: Response = HTMLResponse(_ONWARD)
             response.set_cookie(_cookie("token", request), token, httponly=True, samesite="strict")
             return response
         rater = _rater(request)
         if rater is None:
-            return page("name.html.j2")
-        return page("label.html.j2", rater=rater, reasons=REASONS)
+            return page("name.html.j2", rater="")
+        return page("label.html.j2", rater=rater, study=study.name, reasons=REASONS)
+
+    async def who(request: Request) -> Response:
+        return page("name.html.j2", rater=_rater(request) or "")
 
     async def name(request: Request) -> Response:
         given = (await _body(request)).get("name")
@@ -117,7 +122,8 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
         file = folder / IMAGES / f"{name}.png"
         if not re.fullmatch(r"[0-9a-f]{32}", name) or not file.exists():
             return _problem(404, "there is no such image here")
-        return FileResponse(file, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
+        # No FileResponse: the time of a file, in its headers, tells which image of a pair was written first.
+        return Response(file.read_bytes(), media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
 
     async def asset(request: Request) -> Response:
         name = request.path_params["name"]
@@ -132,6 +138,7 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
 
     routes = [
         Route("/", home),
+        Route("/name", who, methods=["GET"]),
         Route("/name", name, methods=["POST"]),
         Route("/next", upcoming),
         Route("/vote", vote, methods=["POST"]),

@@ -5,9 +5,9 @@ import hashlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diffusion_dpo.data.votes import CHOICES, standing
 from diffusion_dpo.label.items import Item
@@ -36,7 +36,7 @@ class Task:
     @property
     def id(self) -> str:
         """What the page calls it: it says neither which kind it is nor which side."""
-        return _task_id(self.item, self.kind)
+        return _task_id(self.item.id, self.kind)
 
     @property
     def images(self) -> tuple[str, str]:
@@ -55,17 +55,23 @@ class Study:
         """Replay the log; `clock` gives seconds."""
         self.config = config
         self.items = {item.id: item for item in items}
-        self._known: dict[str, tuple[Item, Kind]] = {
-            _task_id(item, kind): (item, kind)
+        self._known = {
+            _task_id(item.id, kind): (item, kind)
             for item in items
-            for kind in ("pair", "repeat", *(["check"] if item.ruined_image else []))  # type: ignore[misc]
+            for kind in get_args(Kind)
+            if kind != "check" or item.ruined_image
         }
+        self.name = hashlib.sha256(" ".join(sorted(self.items)).encode()).hexdigest()[:16]
+        """What a page that keeps votes for later knows this study by; it says nothing of what is in it."""
+        self._order = sorted(items, key=lambda item: self._chance("order", item.id, "everyone"))
+        self._repeats: dict[str, frozenset[str]] = {}
+        """By rater: the items that they see twice."""
         self._log = log
         self._clock = clock
         self._leases: dict[str, tuple[str, float]] = {}
         """By item: the rater and until when."""
         self._votes: dict[str, dict[str, dict[str, Any]]] = {}
-        """By rater and task id: the vote that stands, in order."""
+        """By rater and task id: the vote that stands, in order of time."""
         self._raters: dict[str, set[str]] = {}
         """By item: who has voted on it."""
         self._replay()
@@ -75,14 +81,14 @@ class Study:
         done = self._votes.get(rater, {})
         upcoming: list[Task] = []
         now = self._clock()
-        for task in self._schedule(rater):
+        for item, kind in self._schedule(rater):
             if len(upcoming) == amount:
                 break
-            if task.id in done or (task.kind == "pair" and not self._is_free(task.item.id, rater, now)):
+            if _task_id(item.id, kind) in done:
                 continue
-            if task.kind == "pair":
-                self._leases[task.item.id] = (rater, now + self.config.lease_seconds)
-            upcoming.append(task)
+            if kind == "pair":
+                self._leases[item.id] = (rater, now + self.config.lease_seconds)
+            upcoming.append(self._make(item, kind, rater))
         return upcoming
 
     def vote(self, rater: str, task_id: str, answer: str, *, key: str, reason: str, seconds: float) -> None:
@@ -133,30 +139,33 @@ class Study:
     def progress(self, rater: str) -> tuple[int, int]:
         """Return how many questions a rater has answered, and how many there are for them, answered ones included."""
         done = self._votes.get(rater, {})
-        now = self._clock()
-        left = sum(
-            1
-            for task in self._schedule(rater)
-            if task.id not in done and (task.kind != "pair" or self._is_free(task.item.id, rater, now))
-        )
+        left = sum(_task_id(item.id, kind) not in done for item, kind in self._schedule(rater))
         return len(done), len(done) + left
 
-    def _schedule(self, rater: str) -> list[Task]:
-        """Return all tasks of a rater in order: pairs, each repeat a while after its pair, and checks among them."""
-        order = sorted(self.items.values(), key=lambda item: self._chance("order", item.id, "everyone"))
-        voted = [self.items[vote["item"]] for vote in self._votes.get(rater, {}).values() if vote["kind"] == "pair"]
-        rest = [item for item in order if rater not in self._raters.get(item.id, ())]
-        due: dict[int, list[Task]] = defaultdict(list)
-        for place, item in enumerate([*voted, *rest]):
-            if self._chance("repeat", item.id, rater) < self.config.repeat_share:
-                due[min(place + _APART, len(voted) + len(rest) - 1)].append(self._make(item, "repeat", rater))
+    def _schedule(self, rater: str) -> Iterator[tuple[Item, Kind]]:
+        """Yield all that a rater is asked, in order: pairs, each repeat a while after its pair, and checks among them.
+
+        The pairs are those that they have answered or may still be given: what is others' is not repeated, either.
+        """
+        now = self._clock()
+        seen = [self.items[vote["item"]] for vote in self._votes.get(rater, {}).values() if vote["kind"] == "pair"]
+        seen += [item for item in self._order if self._is_free(item.id, rater, now)]
+        repeats = self._repeated(rater)
+        due: dict[int, list[Item]] = defaultdict(list)
+        for place, item in enumerate(seen):
+            yield item, "pair"
+            if item.id in repeats:
+                due[min(place + _APART, len(seen) - 1)].append(item)
             if item.ruined_image:
-                due[place].append(self._make(item, "check", rater))
-        tasks: list[Task] = []
-        for place, item in enumerate([*voted, *rest]):
-            tasks.append(self._make(item, "pair", rater))
-            tasks += due[place]
-        return tasks
+                yield item, "check"
+            for again in due.pop(place, ()):
+                yield again, "repeat"
+
+    def _repeated(self, rater: str) -> frozenset[str]:
+        if rater not in self._repeats:
+            chances = ((item.id, self._chance("repeat", item.id, rater)) for item in self._order)
+            self._repeats[rater] = frozenset(name for name, it in chances if it < self.config.repeat_share)
+        return self._repeats[rater]
 
     def _make(self, item: Item, kind: Kind, rater: str) -> Task:
         left_is_first = self._chance("side", item.id, rater) < 0.5
@@ -202,8 +211,9 @@ class Study:
         return Counter(vote["kind"] for votes in self._votes.values() for vote in votes.values())
 
 
-def _task_id(item: Item, kind: Kind) -> str:
-    return hashlib.sha256(f"{item.id} {kind}".encode()).hexdigest()[:16]
+@functools.lru_cache(maxsize=1_000_000)
+def _task_id(item: str, kind: Kind) -> str:
+    return hashlib.sha256(f"{item} {kind}".encode()).hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1_000_000)

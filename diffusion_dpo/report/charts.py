@@ -151,7 +151,7 @@ def curve(models: Sequence[str], metrics: Sequence[Sequence[MetricResult]]) -> C
         lines.append(Line(rows[0].name, marks, f"M {' L '.join(points)}" if points else ""))
     every = -(-len(models) // 4)  # so that names do not run into each other on a phone
     names = [Tick(left + (i + 0.5) * step, shorten(name, 14)) for i, name in enumerate(models) if i % every == 0]
-    return Curve(lines, names, [Tick(up(it), percent(it)) for it in _nice_ticks(low, high, 4)], up(0.5))
+    return Curve(lines, names, [Tick(up(it), percent(it)) for it in nice_ticks(low, high, 4)], up(0.5))
 
 
 def histogram(per_prompt: np.ndarray, result: MetricResult, places: int | None) -> Histogram:
@@ -219,7 +219,7 @@ def score_histogram(above: np.ndarray, below: np.ndarray, sides: tuple[str, str]
         for amount, left, right in zip(amounts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         if amount
     ]
-    ticks = [Tick(place(value), f"{value:.4g}".replace("-", MINUS)) for value in _nice_ticks(low, high)]
+    ticks = [Tick(place(value), f"{value:.4g}".replace("-", MINUS)) for value in nice_ticks(low, high)]
     return ScoreHistogram(bars, ticks, base)
 
 
@@ -272,7 +272,7 @@ def _snap(position: float) -> float:
 
 def _labelled_ticks(low: float, high: float, about: int, *, signed: bool = False) -> list[tuple[float, str]]:
     """Return round numbers within [low, high] with as many decimals as tell them apart."""
-    values = _nice_ticks(low, high, about)
+    values = nice_ticks(low, high, about)
     step = values[1] - values[0] if len(values) > 1 else high - low
     places: int | None = max(0, math.ceil(-math.log10(step) - 1e-9))
     if places is not None and abs(step * 10**places - round(step * 10**places)) > 1e-6:
@@ -282,7 +282,7 @@ def _labelled_ticks(low: float, high: float, about: int, *, signed: bool = False
     return [(value, number(value, places, signed=signed)) for value in values]
 
 
-def _nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Return round numbers within [low, high]."""
     raw = (high - low) / about
     magnitude = 10.0 ** math.floor(math.log10(raw))

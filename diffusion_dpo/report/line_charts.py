@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from diffusion_dpo.report.charts import Tick, _nice_ticks
+from diffusion_dpo.report.charts import Tick, nice_ticks
 from diffusion_dpo.report.figures import DASH, relative, relative_with_error, significant
 from diffusion_dpo.report.training_log import Curve, Point
 from diffusion_dpo.report.words import number
@@ -181,7 +181,7 @@ def _value_ticks(low: float, high: float, unit: Unit) -> list[tuple[float, str]]
         every = max(1, math.ceil((high - low) / 5))
         powers = range(math.ceil(low), math.floor(high) + 1, every)
         return [(10.0**power, significant(10.0**power)) for power in powers]
-    values = _nice_ticks(low, high, 4)
+    values = nice_ticks(low, high, 4)
     if unit == "relative":
         return [(value, relative(value) if value else f"0{relative(0)[-2:]}") for value in values]
     step = values[1] - values[0] if len(values) > 1 else 1.0
@@ -190,7 +190,7 @@ def _value_ticks(low: float, high: float, unit: Unit) -> list[tuple[float, str]]
 
 
 def _step_ticks(first: int, last: int) -> list[int]:
-    inner = sorted({round(value) for value in _nice_ticks(first, last, 4)}) if last > first else []
+    inner = sorted({round(value) for value in nice_ticks(first, last, 4)}) if last > first else []
     room = (last - first) / 12
     return [first, *(step for step in inner if first + room < step < last - room), *([last] if last > first else [])]
 

@@ -38,7 +38,7 @@ def stranger(study: Study) -> Iterator[TestClient]:
 
 @pytest.fixture
 def rater(stranger: TestClient) -> TestClient:
-    assert stranger.get(f"/?token={TOKEN}").status_code == 303
+    assert stranger.get(f"/?token={TOKEN}").status_code == 200
     assert stranger.post("/name", json={"name": "Ann-Marie B."}, headers=ORIGIN).status_code == 200
     return stranger
 
@@ -59,7 +59,7 @@ def test_nothing_is_served_without_the_token(stranger: TestClient, path: str) ->
 
 def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_do_not_have(stranger: TestClient) -> None:
     answer = stranger.get(f"/?token={TOKEN}")
-    assert answer.headers["location"] == "/" and TOKEN not in answer.headers["location"]
+    assert 'content="0; url=/"' in answer.text and TOKEN not in answer.text
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie
     assert stranger.get("/").status_code == 200
@@ -95,7 +95,7 @@ def test_a_question_says_nothing_but_the_prompt_and_two_opaque_names(rater: Test
     assert not [secret for secret in secrets if secret in page]
     image = rater.get(f"/image/{answer.json()['tasks'][0]['images'][0]}")
     assert image.status_code == 200 and image.content.startswith(b"\x89PNG")
-    assert set(image.headers) & {"content-disposition", "etag"} <= {"etag"}
+    assert not set(image.headers) & {"content-disposition", "etag", "last-modified"}
 
 
 @pytest.mark.parametrize(
