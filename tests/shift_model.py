@@ -54,6 +54,10 @@ class ShiftPairs(PairSource):
     def num_rows(self) -> int:
         return self.num_pairs
 
+    def stamp(self) -> str:
+        """The settings decide every number, so that runs with one cache look at the pairs once."""
+        return "seed 0"
+
 
 def _encode(values: np.ndarray, side: int) -> bytes:
     levels = ((values + _SPAN) / (2 * _SPAN) * 2**24).clip(0, 2**24 - 1).astype(np.uint32)
@@ -61,7 +65,7 @@ def _encode(values: np.ndarray, side: int) -> bytes:
     image = np.zeros((_IMAGE_SIDE, _IMAGE_SIDE, 3), np.uint8)
     image[:: _IMAGE_SIDE // side, :: _IMAGE_SIDE // side] = pixels.reshape(side, side, 3)
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    Image.fromarray(image).save(buffer, format="BMP")  # a third of PNG's time
     return buffer.getvalue()
 
 
