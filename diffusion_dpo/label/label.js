@@ -20,6 +20,8 @@ function say(text) {
 }
 
 function welcome(form) {
+  for (const control of form.elements) control.disabled = false; // until now, Enter would have sent the form elsewhere
+  form.elements.name.focus();
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     try {

@@ -1,4 +1,4 @@
-"""The page of `label` in a real browser: keys, undo, reasons, two tabs, a server that dies, prompts that try to run."""
+"""The page of `label` in a real browser: keys, undo, reasons, two tabs, a server that dies, hostile prompts."""
 
 import re
 import socket
