@@ -116,8 +116,11 @@ function labelling() {
       draw();
     }
     sending = false;
-    if (refusal) say(refusal);
-    if (refusal || upcoming.length === 0) await refill();
+    if (refusal) { // another tab is further: what was got ahead may be answered as well
+      say(refusal);
+      upcoming = [];
+    }
+    if (upcoming.length === 0) await refill();
     draw();
   }
 
