@@ -17,7 +17,7 @@ def test_the_demo_improves_the_held_out_metric(tmp_path: Path, capsys: pytest.Ca
     folder = tmp_path / "my demo #1"
     report = demo.run(DemoConfig(output_dir=folder, seed=0))
     assert report == folder / "report.html"
-    metrics = {metric["name"]: metric for metric in json.loads((folder / "report.json").read_text())["metrics"]}
+    metrics = {result["name"]: result for result in json.loads((folder / "report.json").read_text())["results"]}
     assert metrics["clip_text"]["role"] == "trained_on"
     held_out = metrics["pocket_scene"]
     assert held_out["role"] == "held_out"
