@@ -98,7 +98,8 @@ def _rater(name: str, votes: Sequence[dict[str, Any]]) -> RaterResult:
     if left is not None and left[2] >= _FEW and not left[1][0] <= 0.5 <= left[1][1]:
         warnings.append(f"chose the left image in {percent(left[0])}: sides are random, so this should be about half")
     if checks and sum(checks) < 0.8 * len(checks):
-        warnings.append(f"preferred a ruined image in {len(checks) - sum(checks)} of {len(checks)} attention checks")
+        failed = len(checks) - sum(checks)
+        warnings.append(f"missed {failed} of {len(checks)} attention checks, an image beside a ruined copy of itself")
     return RaterResult(
         name=name,
         num_votes=len(pairs),
