@@ -4,6 +4,7 @@
 
 const byId = (id) => document.getElementById(id);
 const show = (element, visible) => { element.hidden = !visible; };
+const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 const wait = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
 async function ask(path, body) {
@@ -41,6 +42,7 @@ function labelling() {
   let total = 0;
   let drawn = ""; // the question on the page, and since when
   let since = 0;
+  let undoing = newKey(); // an undo whose answer is lost is the same undo when u is pressed again
   let sending = false;
   let isStarted = false;
 
@@ -133,7 +135,8 @@ function labelling() {
     if (task === undefined || (answer !== "skip" && !isThere())) return;
     const seconds = (performance.now() - since) / 1000;
     upcoming.shift();
-    const key = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    const key = newKey();
+    undoing = newKey();
     unsent.push({ task: task.task, answer, reason, seconds, key, made: Date.now() });
     localStorage.setItem(MINE + key, JSON.stringify(unsent.at(-1)));
     say("");
@@ -150,7 +153,8 @@ function labelling() {
       await wait(20);
     }
     try {
-      const state = await ask("/undo", {});
+      const state = await ask("/undo", { key: undoing });
+      undoing = newKey();
       upcoming = [state.undone, ...upcoming.filter((task) => task.task !== state.undone.task)];
       take(state);
       say("");

@@ -32,6 +32,8 @@ _AHEAD = 4
 """Questions that the page is given before they are due, so that the next pair is there when a key is pressed."""
 _MOST_BYTES = 4096
 _NAME = re.compile(r"[\w .@-]{1,40}")
+_KEY = re.compile(r"[\w-]{8,64}")
+"""What the page calls a vote or an undo, so that it can send it again."""
 _ASSETS = {"label.js": "text/javascript", "label.css": "text/css", "report.css": "text/css"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -101,7 +103,7 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
         rater, body = _known_rater(request), await _body(request)
         answer, reason, key, task = (body.get(name, "") for name in ("answer", "reason", "key", "task"))
         seconds = body.get("seconds", 0.0)
-        if not all(isinstance(it, str) for it in (answer, reason, key, task)) or not re.fullmatch(r"[\w-]{8,64}", key):
+        if not all(isinstance(it, str) for it in (answer, reason, key, task)) or not _KEY.fullmatch(key):
             return _problem(400, "a vote needs the texts `task`, `answer` and `key`")
         if answer not in (*SIDES, *CHOICES[2:]) or (answer == "skip" and reason not in REASONS):
             return _problem(400, f"an answer is one of left, right, tie, both_bad, or skip with {', '.join(REASONS)}")
@@ -112,9 +114,11 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
             return JSONResponse(_state(study, rater))
 
     async def undo(request: Request) -> Response:
-        rater = _known_rater(request)
+        rater, key = _known_rater(request), (await _body(request)).get("key")
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            return _problem(400, "an undo needs the text `key`")
         async with busy:
-            task = study.undo(rater)
+            task = study.undo(rater, key=key)
             return JSONResponse({"undone": _shown(task)} | _state(study, rater))
 
     async def image(request: Request) -> Response:

@@ -74,6 +74,8 @@ class Study:
         """By rater and task id: the vote that stands, in order of time."""
         self._raters: dict[str, set[str]] = {}
         """By item: who has voted on it."""
+        self._heard: dict[tuple[str, str], str] = {}
+        """By rater and key: the task of every vote and every undo there was, for whoever sends one again."""
         self._replay()
 
     def tasks(self, rater: str, amount: int) -> list[Task]:
@@ -96,7 +98,7 @@ class Study:
 
         Raises UnknownTask, and OSError when the disk does not take the vote.
         """
-        if any(vote["key"] == key for vote in self._votes.get(rater, {}).values()):
+        if (rater, key) in self._heard:
             return
         task = self._task(rater, task_id)
         if task_id in self._votes.get(rater, {}):
@@ -120,16 +122,24 @@ class Study:
             "time": round(time.time(), 3),
         }
         self._log.append(event)
+        self._hear(event)
         self._add(event)
 
-    def undo(self, rater: str) -> Task:
-        """Take a rater's last vote back and return what it was on; raises UnknownTask where there is none."""
+    def undo(self, rater: str, *, key: str) -> Task:
+        """Take a rater's last vote back and return what it was on. The same key again changes nothing.
+
+        Raises UnknownTask where there is no vote, and OSError when the disk does not take the event.
+        """
+        if (rater, key) in self._heard:
+            return self._task(rater, self._heard[rater, key])
         votes = self._votes.get(rater)
         if not votes:
             raise UnknownTask("there is no vote of yours to take back")
         task_id, last = next(reversed(votes.items()))
         task = self._task(rater, task_id)
-        self._log.append({"event": "undo", "vote": last["key"], "rater": rater, "time": round(time.time(), 3)})
+        event = {"event": "undo", "key": key, "vote": last["key"], "rater": rater, "time": round(time.time(), 3)}
+        self._log.append(event)
+        self._hear(event)
         del votes[task_id]
         if last["kind"] == "pair":
             self._raters[last["item"]].discard(rater)
@@ -189,9 +199,18 @@ class Study:
         return _chance(self.config.seed, use, item, rater)
 
     def _replay(self) -> None:
+        for event in self._log.events:
+            self._hear(event)
         for event in standing(self._log.events):
             if event["item"] in self.items:
                 self._add(event)
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        """Remember the key of a vote or an undo."""
+        is_vote = event["event"] == "vote"
+        rater = event["rater"]
+        about = _task_id(event["item"], event["kind"]) if is_vote else self._heard.get((rater, event["vote"]), "")
+        self._heard[rater, event["key"]] = about
 
     def _add(self, event: dict[str, Any]) -> None:
         rater, item = event["rater"], self.items[event["item"]]

@@ -119,7 +119,10 @@ def test_a_rater_of_500_pairs_outlives_a_server_that_is_killed_again_and_again(t
                 expected[task["prompt"]] = sides.get(answer)
                 seen.add(task["prompt"])
                 if rng.random() < 0.03:
-                    state = rater.ask("/undo", {})
+                    if rng.random() < 0.2 and kills < 6:
+                        kills += 1
+                        threading.Timer(0.01 * rng.random(), server.process.kill).start()
+                    state = rater.ask("/undo", {"key": f"undo-{number:06d}"})
                     assert state["undone"] == task
                     seen.remove(task["prompt"])
                     del expected[task["prompt"]]

@@ -74,7 +74,8 @@ def test_another_host_is_refused(rater: TestClient, host: str) -> None:
 def test_another_origin_cannot_vote(rater: TestClient, study: Study, origin: str | None) -> None:
     task = rater.get("/next").json()["tasks"][0]["task"]
     headers = {} if origin is None else {"Origin": origin}
-    for path, body in (("/vote", {"task": task, "answer": "left", "key": "k" * 8}), ("/undo", {}), ("/name", {})):
+    chosen = {"task": task, "answer": "left", "key": "k" * 8}
+    for path, body in (("/vote", chosen), ("/undo", {"key": "u" * 8}), ("/name", {})):
         assert rater.post(path, json=body, headers=headers).status_code == 403
     assert not study.counts()
 
@@ -119,9 +120,11 @@ def test_a_vote_is_acknowledged_once_it_is_in_the_log(rater: TestClient, study: 
     assert (event["rater"], event["answer"], event["choice"]) == ("Ann-Marie B.", "tie", "tie")
     assert vote(rater, task, "tie").json()["done"] == 1  # sent again, since the answer was lost
     assert len(read_lines(study.config.output_dir / "votes.jsonl")) == 1
-    undone = rater.post("/undo", json={}, headers=ORIGIN).json()
-    assert undone["undone"]["task"] == task and undone["done"] == 0
-    assert rater.post("/undo", json={}, headers=ORIGIN).status_code == 404
+    for _ in range(2):  # sent again, too
+        undone = rater.post("/undo", json={"key": "undo-000"}, headers=ORIGIN).json()
+        assert undone["undone"]["task"] == task and undone["done"] == 0
+    assert rater.post("/undo", json={"key": "undo-001"}, headers=ORIGIN).status_code == 404
+    assert rater.post("/undo", json={}, headers=ORIGIN).status_code == 400
 
 
 @pytest.mark.parametrize(

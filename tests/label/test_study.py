@@ -136,11 +136,12 @@ def test_undo_is_an_event_and_brings_the_pair_back(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     study = open_study(config)
     with pytest.raises(UnknownTask, match="no vote of yours"):
-        study.undo("ann")
+        study.undo("ann", key="undo-0")
     tasks = study.tasks("ann", 3)
     for task in tasks:
         answer(study, "ann", task)
-    assert study.undo("ann") == tasks[2] and study.undo("ann") == tasks[1]
+    assert study.undo("ann", key="undo-1") == tasks[2] and study.undo("ann", key="undo-2") == tasks[1]
+    assert study.undo("ann", key="undo-1") == tasks[2]  # sent again, since the answer was lost
     assert study.tasks("ann", 2) == tasks[1:]
     answer(study, "ann", tasks[1], "tie", key="second-thoughts")
     log = read_lines(config.output_dir / "votes.jsonl")
@@ -148,7 +149,10 @@ def test_undo_is_an_event_and_brings_the_pair_back(tmp_path: Path) -> None:
     again = open_study(config)
     assert again.standing() == study.standing() and len(again.standing()) == 2
     assert [vote.choice for vote in read_votes(config.output_dir)] == [tasks[0].left, "tie"]
-    assert again.undo("ann") == tasks[1]
+    assert again.undo("ann", key="undo-2") == tasks[1] and len(again.standing()) == 2
+    assert again.undo("ann", key="undo-3") == tasks[1] and len(again.standing()) == 1
+    answer(again, "ann", tasks[1], "tie", key="second-thoughts")  # late, and taken back already
+    assert len(again.standing()) == 1
 
 
 @pytest.mark.parametrize("cut", [1, 20, 150])
