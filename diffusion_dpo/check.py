@@ -124,8 +124,8 @@ def _check_alpha(file: Path, facts: FileFacts, layers: Layers) -> None:
     if not written and "lora_adapter_metadata" not in facts.metadata:
         warn("the file does not say its alpha; programs take the rank, and if it was another, the strength is wrong")
     say(f"alpha {span(written or loaded)}")
-    claimed = facts.metadata.get("ss_network_alpha", "Dynamic")
-    if written and claimed != "Dynamic" and any(f"{value:g}" != f"{float(claimed):g}" for value in written.values()):
+    claimed = facts.metadata.get("ss_network_alpha", "")
+    if _is_number(claimed) and any(f"{value:g}" != f"{float(claimed):g}" for value in written.values()):
         warn(f"the header says alpha {shown(claimed)}, the weights {span(written)}; programs go by the weights")
     for name, value in written.items():
         if abs(loaded[name] - value) > _ALPHA_TOLERANCE * abs(value):
@@ -134,6 +134,15 @@ def _check_alpha(file: Path, facts: FileFacts, layers: Layers) -> None:
                 "have different ones; ComfyUI and A1111 read each layer's own"
             )
             break
+
+
+def _is_number(text: str) -> bool:
+    """Whether a header's text is a number; where layers differ, or nobody said, it is Dynamic or None."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _written_alphas(file: Path, layers: Layers) -> dict[str, float]:
@@ -165,12 +174,13 @@ def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:
 
 
 def _check_pipeline(config: CheckConfig, base: Base | None) -> None:
-    pipeline = _load(config, Base(str(config.path)))
-    probe = Probe.of(pipeline if base is None else _load(config, base))
-    after = probe.ask(pipeline)
-    say(f"{config.path}: a {type(pipeline).__name__}, whole; it loads and draws")
+    whole = _load(config, Base(str(config.path)))
+    reference = whole if base is None else _load(config, base)
+    probe = Probe.of(reference)
+    after = probe.ask(whole)
+    say(f"{config.path}: a {type(whole).__name__}, whole; it loads and draws")
     if base is not None:
-        _say_changes(config.path, changes(probe.ask(_load(config, base)), after), base)
+        _say_changes(config.path, changes(probe.ask(reference), after), base)
 
 
 def _say_changes(path: Path, moved: dict[str, float], base: Base) -> None:

@@ -19,10 +19,11 @@ from diffusion_dpo.comparing.drawing import draw_all
 from diffusion_dpo.comparing.judging import Distances, judge, judge_shares, refuse_unusable
 from diffusion_dpo.comparing.lineup import implicit_accuracy, line_up, num_trained_on, refuse_missing
 from diffusion_dpo.comparing.people import votes_as_scores
-from diffusion_dpo.comparing.roles import roles_of
+from diffusion_dpo.comparing.roles import refuse_unknown, roles_of
 from diffusion_dpo.config import command, dump
 from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data.prompts import Prompt, read_prompts, refuse_foreign_defaults
+from diffusion_dpo.data.votes import read_votes
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish
 from diffusion_dpo.pocket.world import is_held_out, parse_caption
@@ -46,7 +47,9 @@ def run(config: CompareConfig) -> Path:
     refuse_foreign_defaults(config.prompts_path, *_pretrained(config))
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts, held_out=True)
     refuse_unusable(config, prompts)
-    roles = roles_of(config)
+    refuse_unknown(config)
+    if config.human is not None:
+        read_votes(config.human)
     processes = Processes.join(config.device)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
@@ -65,11 +68,11 @@ def run(config: CompareConfig) -> Path:
         if processes.count > 1:
             judge_shares(config, wall, processes)
         if processes.is_main:
-            scores, distances = judge(config, wall, roles)
+            scores, distances = judge(config, wall, roles_of(config, lineup))
             if config.human is not None:
                 scores += votes_as_scores(config.human, wall)
             report = _report(config, lineup, wall, scores, distances, device, identity)
-            page = write_report(config.output_dir, report, scores, _gallery(config, wall), embed=config.embed_images)
+            write_report(config.output_dir, report, scores, _gallery(config, wall), embed=config.embed_images)
             shards = {
                 name: [str(unit.files[0].relative_to(config.output_dir)) for unit in units]
                 for name, units in wall.units.items()
@@ -129,6 +132,7 @@ def _report(
             name=compared.name,
             description=compared.description,
             weights=compared.weights,
+            labelled_by=compared.labelled_by,
             num_prompts_trained_on=num_trained_on(compared, wall.prompts),
         )
         for compared in lineup
@@ -185,7 +189,7 @@ def _signs(
                 yield signs.appearance(by_name[result.name], result)
         accuracy = implicit_accuracy(compared)
         if accuracy is not None:
-            yield signs.implicit_accuracy(compared.name, *accuracy)
+            yield signs.implicit_accuracy(compared.name, accuracy)
 
 
 def _is_held_out(prompt: Prompt) -> bool:

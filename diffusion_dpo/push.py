@@ -126,9 +126,9 @@ def _last_previews(folder: Path) -> list[Path]:
 
 def _add_report(folder: Path, parcel: _Parcel) -> None:
     folder = folder if folder.is_dir() else folder.parent
-    for file in (folder / "report.md", *sorted(folder.glob("*.png"))):
+    for file in (folder / "report.md", *sorted((folder / "plots").glob("*.png"))):
         if file.is_file():
-            parcel.files[f"report/{file.name}"] = file
+            parcel.files[f"report/{file.relative_to(folder)}"] = file
 
 
 def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], shown: Shown) -> bytes:

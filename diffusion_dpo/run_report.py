@@ -10,9 +10,10 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.console import say
 from diffusion_dpo.files import atomic_path, read_manifest
+from diffusion_dpo.report.page import flatten
 from diffusion_dpo.report.readings import Findings, read
 from diffusion_dpo.report.training_log import Log, read_log
-from diffusion_dpo.report.training_page import MAX_ROWS, Film, TrainingRun, flatten, pick_columns, render
+from diffusion_dpo.report.training_page import MAX_ROWS, Film, TrainingRun, pick_columns, render
 from diffusion_dpo.settings import ReportConfig, TrainConfig
 
 PAGE, LOG = "report.html", "metrics.jsonl"
@@ -114,7 +115,7 @@ def _read_environment(path: Path) -> list[tuple[str, str]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return flatten(found) if isinstance(found, dict) else []
+    return list(flatten(found)) if isinstance(found, dict) else []
 
 
 def _facts(config: TrainConfig, manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -176,7 +177,7 @@ def _open(path: Path) -> tuple[Image.Image, str | None] | None:
         with Image.open(path) as image:
             prompt = image.info.get("prompt")
             return image.convert("RGB"), prompt if isinstance(prompt, str) else None
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow calls a broken PNG the third
         return None
 
 

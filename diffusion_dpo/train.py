@@ -114,6 +114,7 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
             "num_held_out": num_held_out,
             "drops": data.drops,
             "labelled_by": source.labelled_by(),
+            "lineage": sorted(source.lineage),
             "prompt_hashes": _prompt_hashes(data.prompt_keys),
         }
         if processes.is_main:

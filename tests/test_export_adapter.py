@@ -404,6 +404,10 @@ def test_check_sees_what_is_wrong_with_an_alpha(
         "the header says alpha 4, the weights 16"
         in check(tmp_path / "header.safetensors", capsys, f"pretrained={model.base}")[1]
     )
+    for nothing in ("None", "Dynamic"):
+        save_file(weights, tmp_path / "silent.safetensors", metadata={"ss_network_alpha": nothing})
+        code, text = check(tmp_path / "silent.safetensors", capsys, f"pretrained={model.base}")
+        assert code == 0 and "the header says" not in text
     save_file(weights | {first: torch.tensor(2.0)}, tmp_path / "mixed.safetensors")
     assert "with alpha 16 instead of 2" in check(tmp_path / "mixed.safetensors", capsys, f"pretrained={model.base}")[1]
     plain = {key: value for key, value in weights.items() if not key.endswith(".alpha")}

@@ -67,6 +67,7 @@ SENT = {
     "images/00.png",
     "mine.safetensors",
     "pytorch_lora_weights.safetensors",
+    "report/plots/metrics.png",
     "report/report.md",
     "training_config.yaml",
 }
@@ -78,6 +79,8 @@ def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) ->
     report = run_dir.parent / "compare"
     report.mkdir()
     (report / "report.md").write_text("# numbers")
+    (report / "plots").mkdir()
+    (report / "plots" / "metrics.png").write_bytes(b"a plot")
     result = {"name": "pickscore", "model": "after", "category": "", "role": "trained_on", "win_rate": 0.61}
     write_json(report / "report.json", {"schema_version": 2, "num_prompts": 9, "results": [result]})
     settings = ["repo_id=me/mine", f"endpoint={hub.url}", f"report_path={report}", "dry_run=false"]

@@ -23,16 +23,24 @@ class Compared:
     """The run folder that its adapter is from, if it is from one."""
     step: int | None = None
     """The step of the checkpoint that was asked for."""
+    labelled_by: tuple[str, ...] | None = ()
+    """Metrics that labelled its training pairs; () also where people did, None where it was tuned and nothing says."""
+    lineage: frozenset[str] = frozenset()
+    """Of its training pairs: see PairSource."""
 
     @property
     def description(self) -> str:
-        """Where it comes from, in words."""
-        text = self.model.pretrained
+        """Where it comes from, in words; of an absolute path its last name, since a report is shown to others."""
+        text = _shown(Path(self.model.pretrained))
         if self.model.adapter_path is not None:
-            text += f" with {self.trained_by or self.model.adapter_path}"
+            text += f" with {_shown(self.trained_by or self.model.adapter_path)}"
             text += f" after step {self.step}" if self.step is not None else ""
             text += f" at {self.model.adapter_scale:g}" if self.model.adapter_scale != 1 else ""
         return text
+
+
+def _shown(path: Path) -> str:
+    return path.name if path.is_absolute() else str(path)
 
 
 @dataclass(frozen=True)

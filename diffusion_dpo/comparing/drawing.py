@@ -1,7 +1,7 @@
 """The images of a comparison, drawn once: a shard is named after all that decides it, so that what is added is drawn.
 
-A model that is new, a seed that is new, a prompt at the end: the shards of the others are there already. Every shard
-is drawn in the same batches, so that a rerun draws the same bits.
+A model that is new, a seed that is new: the shards of the others are there already. Every shard is drawn in the same
+batches, so that a rerun draws the same bits.
 """
 
 import hashlib

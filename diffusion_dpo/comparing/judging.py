@@ -61,6 +61,16 @@ class _Task:
     """Where the scores go."""
 
 
+def all_scorers(config: CompareConfig) -> list[Scorer]:
+    """Return the judges whose metrics are reported, those included that every comparison has."""
+    return [*_before_all(config), *([config.diversity] if config.diversity is not None else [])]
+
+
+def _before_all(config: CompareConfig) -> list[Scorer]:
+    given = {scorer.type for scorer in config.scorers}
+    return [*config.scorers, *(_make(name) for name in APPEARANCE if name not in given)]
+
+
 def refuse_unusable(config: CompareConfig, prompts: Sequence[Prompt]) -> None:
     """Say before anything is drawn what would stop the judges afterwards."""
     lacking = sum(not prompt.references for prompt in prompts)
@@ -95,7 +105,9 @@ def judge_shares(config: CompareConfig, wall: Wall, processes: Processes) -> Non
     processes.wait()
 
 
-def judge(config: CompareConfig, wall: Wall, roles: dict[str, Role]) -> tuple[list[MetricScores], Distances | None]:
+def judge(
+    config: CompareConfig, wall: Wall, roles: dict[str, dict[str, Role]]
+) -> tuple[list[MetricScores], Distances | None]:
     """Judge what was not judged yet; return every metric's values, and how far the models are from the baseline."""
     scores: list[MetricScores] = []
     for task in _judges(config, wall):
@@ -118,9 +130,8 @@ def judge(config: CompareConfig, wall: Wall, roles: dict[str, Role]) -> tuple[li
 
 def _judges(config: CompareConfig, wall: Wall) -> list[_Task]:
     """Every judge before all images."""
-    given = {scorer.type for scorer in config.scorers}
-    scorers = [*config.scorers, *(_make(name) for name in APPEARANCE if name not in given)]
-    return [_Task(scorer, list(chain(*wall.units.values())), config.output_dir / "scores") for scorer in scorers]
+    images = list(chain(*wall.units.values()))
+    return [_Task(scorer, images, config.output_dir / "scores") for scorer in _before_all(config)]
 
 
 def _diversity(config: CompareConfig, wall: Wall) -> dict[str, _Task]:
@@ -161,14 +172,15 @@ def _as_scores(
     scorer: Scorer,
     wall: Wall,
     of_model: dict[str, list[dict[str, Verdict]]],
-    roles: dict[str, Role],
+    roles: dict[str, dict[str, Role]],
     *,
     auxiliary: bool,
 ) -> list[MetricScores]:
     return [
         MetricScores(
             name=metric.name,
-            role=roles.get(metric.name, "held_out"),
+            role="held_out",
+            roles={name: of_metric[metric.name] for name, of_metric in roles.items()},
             higher_is_better=metric.higher_is_better,
             values={
                 name: wall.arrange([found[metric.name].value for found in verdicts])

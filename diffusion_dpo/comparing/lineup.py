@@ -1,7 +1,6 @@
 """Who takes part in a comparison: the baseline, the named models, and each of them at several strengths."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.adapters import find_adapter
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE
+from diffusion_dpo.report.training_log import Point, read_log
 from diffusion_dpo.sampling import weights_hash
 from diffusion_dpo.settings import CompareConfig, ImageModel, TrainConfig
 from diffusion_dpo.training.state import is_checkpoint, run_of, save_result
@@ -49,12 +49,9 @@ def line_up(config: CompareConfig, processes: Processes) -> list[Compared]:
     processes.wait()
     found = [_compared(BASELINE, config.baseline, config)]
     for name, model in config.models.items():
-        if model.adapter_path is None or not config.adapter_scales:
-            found.append(_compared(name, model, config))
-            continue
-        for scale in config.adapter_scales:
-            scaled = model.model_copy(update={"adapter_scale": scale})
-            found.append(_compared(f"{name}@{scale:g}", scaled, config))
+        scales = config.adapter_scales if model.adapter_path is not None else ()
+        for shown, scale in zip(config.names_of(name), scales or (model.adapter_scale,), strict=True):
+            found.append(_compared(shown, model.model_copy(update={"adapter_scale": scale}), config))
     return found
 
 
@@ -68,11 +65,6 @@ def training_facts(adapter_path: Path) -> tuple[Path | None, dict[str, Any]]:
     return None, {}
 
 
-def trained_on_metrics(adapter_path: Path) -> tuple[str, ...]:
-    """Return the metrics that labelled an adapter's training pairs, as its run folder says; () where none does."""
-    return tuple(training_facts(adapter_path)[1].get("labelled_by", ()))
-
-
 def num_trained_on(compared: Compared, prompts: Sequence[Prompt]) -> int:
     """Count the prompts that a model's adapter was trained on, as far as its run folder says."""
     if compared.trained_by is None:
@@ -81,38 +73,37 @@ def num_trained_on(compared: Compared, prompts: Sequence[Prompt]) -> int:
     return sum(prompt_hash(prompt.text) in seen for prompt in prompts)
 
 
-def implicit_accuracy(compared: Compared) -> tuple[float, float] | None:
-    """Return the accuracy on held-out pairs that training measured last (at the checkpoint), and its standard error.
+def implicit_accuracy(compared: Compared) -> Point | None:
+    """Return the accuracy on held-out pairs that training measured last (at the checkpoint).
 
-    None where there is no run folder, or nothing was held out.
+    None where there is no run folder, nothing was held out, or the adapter is not at the strength of its training.
     """
-    if compared.trained_by is None:
+    if compared.trained_by is None or compared.model.adapter_scale != 1:
         return None
     try:
-        lines = (compared.trained_by / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        text = (compared.trained_by / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut short by a crash
-            continue
-        if compared.step is not None and row.get("step", 0) > compared.step:
-            continue
-        if row.get("eval/accuracy") is not None:
-            return float(row["eval/accuracy"]), float(row.get("eval/accuracy/se") or 0.0)
-    return None
+    points = read_log(text.splitlines(keepends=True)).points("eval/accuracy")
+    known = [point for point in points if compared.step is None or point.step <= compared.step]
+    return known[-1] if known else None
 
 
 def _compared(name: str, model: ImageModel, config: CompareConfig) -> Compared:
     if model.adapter_path is None:
-        return Compared(name, model, weights_hash(model))
-    run, _ = training_facts(model.adapter_path)
+        return Compared(name, model, weights_hash(model), labelled_by=config.trained_on or ())
+    run, facts = training_facts(model.adapter_path)
+    lineage = frozenset(facts.get("lineage", ()))
+    labelled_by: tuple[str, ...] | None = tuple(facts.get("labelled_by", ()))
+    if config.trained_on is not None:
+        labelled_by = config.trained_on
+    elif not labelled_by and not lineage:
+        labelled_by = None
     step = None
     if is_checkpoint(model.adapter_path):
         step = int(model.adapter_path.name.partition("-")[2])
         model = model.model_copy(update={"adapter_path": _adapter_of(config, model.adapter_path)})
-    return Compared(name, model, weights_hash(model), run, step)
+    return Compared(name, model, weights_hash(model), run, step, labelled_by, lineage)
 
 
 def _write_adapter(config: CompareConfig, checkpoint: Path) -> None:

@@ -76,3 +76,8 @@ class PairSource(Plugin):
     def labelled_by(self) -> tuple[str, ...]:
         """Return the metrics that decided which image is chosen; () when people did, or when it is not known."""
         return ()
+
+    @property
+    def lineage(self) -> frozenset[str]:
+        """What judges may have learnt from as well, `data: NAME`, as in Scorer; () when it is not known."""
+        return frozenset()

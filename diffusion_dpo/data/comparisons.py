@@ -32,7 +32,7 @@ def is_comparison(folder: Path) -> bool:
 def read_comparison(folder: Path) -> Iterator[ComparedPair]:
     """Yield the pairs of a finished comparison, model by model; raises ConfigError when it is none or not finished."""
     manifest = read_manifest(folder)
-    if manifest.get("made_by") != "compare" or not manifest.get("complete"):
+    if manifest.get("made_by") != "compare" or not manifest.get("complete") or "shards" not in manifest:
         raise ConfigError(f"{folder} is not a finished comparison; run the command that made it again")
     shards: dict[str, list[str]] = manifest["shards"]
     baseline, *others = shards

@@ -23,6 +23,11 @@ class HPDv3Data(RecordData):
     """Take `confidence`, from 0.5 to 1, as the probability that the first image is better. Off, because nobody said
     that HPDv3's own is one, and it is null in parts of the data."""
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See PairSource; its prompts are in part those of HPD v2 (arXiv 2508.03789, section 3)."""
+        return frozenset({"data: HPD"})
+
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row."""
         for where, entry in read_records(self.path, ("prompt", *_IMAGES), _OPTIONAL):

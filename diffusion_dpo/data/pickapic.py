@@ -24,6 +24,11 @@ class PickapicData(PairSource):
     ties: Ties = "drop"
     """keep trains on ties too, as pairs with label probability 0.5."""
 
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See PairSource."""
+        return frozenset({"data: Pick-a-Pic"})
+
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; a label between 0 and 1 becomes a soft label."""
         from diffusion_dpo.data import shards

@@ -5,7 +5,7 @@ noise.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,6 +32,8 @@ class MetricScores:
     higher_is_better: bool
     values: Mapping[str, np.ndarray]
     auxiliary: bool = False
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """By model, where it is not `role`: what one was trained on may be new to another."""
 
 
 class MetricResult(Config):
@@ -44,8 +46,8 @@ class MetricResult(Config):
     category: str = ""
     """The category of prompts; empty for all prompts."""
     role: Role
-    """trained_on: it labelled the training pairs, so a rise is expected. related: it shares a backbone or data
-    with one that did. held_out: training never saw it. human: people's votes."""
+    """trained_on: it labelled the model's training pairs, so a rise is expected. related: it shares a backbone or
+    data with one that did, or data with the pairs. held_out: training never saw it. human: people's votes."""
     auxiliary: bool
     """True for a number that informs only."""
     higher_is_better: bool
@@ -95,6 +97,8 @@ class ModelFacts(Config):
     """Where it comes from, in words."""
     weights: str
     """Hash of its local weights."""
+    labelled_by: tuple[str, ...] | None = ()
+    """Metrics that labelled its training pairs; null where it was tuned and nothing says."""
     num_prompts_trained_on: int = Field(0, ge=0)
     """How many of the prompts were in the pairs that it was trained on, as far as is known."""
 

@@ -38,6 +38,9 @@ class Average:
 
     mean: float | None = None
     variance: float = 0.0
+    """Weighted, around the mean; too small by the share that `squares` says."""
+    squares: float = 1.0
+    """Sum of the squared weights of the values in the mean: the first one weighs much for a while."""
 
     def add(self, value: float) -> None:
         """Take in the value of a step."""
@@ -47,11 +50,12 @@ class Average:
         change = value - self.mean
         self.mean += (1 - DECAY) * change
         self.variance = DECAY * (self.variance + (1 - DECAY) * change**2)
+        self.squares = DECAY**2 * self.squares + (1 - DECAY) ** 2
 
     @property
     def standard_error(self) -> float:
-        """Of the mean, values being independent."""
-        return math.sqrt(self.variance * (1 - DECAY) / (1 + DECAY))
+        """Of the mean, values being independent; 0 before the second one."""
+        return math.sqrt(self.variance * self.squares / (1 - self.squares)) if self.squares < 1 else 0.0
 
 
 def is_worse(excess: float, standard_error: float) -> bool:

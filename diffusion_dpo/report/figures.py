@@ -30,6 +30,6 @@ def relative_with_error(point: Point) -> str:
     return f"{number(100 * point.value, places, signed=True)}{NBSP}% ± {number(100 * error, places)}{NBSP}%"
 
 
-def with_error(point: Point) -> str:
+def with_error(point: Point, places: int = 2) -> str:
     """Return `0.63 ± 0.03`."""
-    return f"{point.value:.2f}" + (f" ± {point.standard_error:.2f}" if point.standard_error else "")
+    return f"{point.value:.{places}f}" + (f" ± {point.standard_error:.{places}f}" if point.standard_error else "")

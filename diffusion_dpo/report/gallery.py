@@ -45,7 +45,7 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Wall:
+class Selection:
     """The pairs of the page, in random order, and how their images were reduced."""
 
     shown: tuple[Shown, ...]
@@ -103,7 +103,7 @@ def disagreement(scores: Sequence[MetricScores], model: str) -> np.ndarray:
     return np.where(few, np.nan, np.minimum(highest, -lowest))
 
 
-def embed(images: Sequence[tuple[Pair, Encoded]], *, budget_bytes: int = BUDGET_BYTES) -> Wall:
+def embed(images: Sequence[tuple[Pair, Encoded]], *, budget_bytes: int = BUDGET_BYTES) -> Selection:
     """Return the pairs as data URIs: small images untouched, others as the best WebP that fits the budget.
 
     When even the smallest does not fit, later pairs are left out; the note says all of this.
@@ -126,10 +126,10 @@ def embed(images: Sequence[tuple[Pair, Encoded]], *, budget_bytes: int = BUDGET_
     if len(kept) < len(images):
         note += f" {len(images) - len(kept)} of {len(images)} pairs did not fit and are left out."
     shown = tuple(Shown(pair, tuple(map(_data_uri, encoded))) for pair, encoded in kept)
-    return Wall(shown, width, height, sum(len(data) for _, encoded in kept for data in encoded), note)
+    return Selection(shown, width, height, sum(len(data) for _, encoded in kept for data in encoded), note)
 
 
-def write_assets(folder: Path, pairs: Sequence[Pair], gallery: Gallery) -> Wall:
+def write_assets(folder: Path, pairs: Sequence[Pair], gallery: Gallery) -> Selection:
     """Write the images of all pairs into `report_assets/` of a folder, and remove those of an earlier report there.
 
     Files are named by a hash of the image and of how it is encoded, so that what is there already is not made again.
@@ -162,7 +162,7 @@ def write_assets(folder: Path, pairs: Sequence[Pair], gallery: Gallery) -> Wall:
         f"Images are files in {ASSETS}/ beside this page, which belongs to it; the originals are in the Parquet files."
     )
     shown = tuple(Shown(pair, tuple(f"{ASSETS}/{name}" for name in found[pair])) for pair in pairs)
-    return Wall(shown, *size, num_bytes, note)
+    return Selection(shown, *size, num_bytes, note)
 
 
 def clear_assets(folder: Path, *, keep: set[str]) -> None:

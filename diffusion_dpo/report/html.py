@@ -22,9 +22,9 @@ from diffusion_dpo.report import (
     words,
 )
 from diffusion_dpo.report import gallery as pictures
-from diffusion_dpo.report.gallery import SMALL_PX, Wall
+from diffusion_dpo.report.gallery import SMALL_PX, Selection
 from diffusion_dpo.report.markdown import headline_table, render_markdown
-from diffusion_dpo.report.page import asset, fill
+from diffusion_dpo.report.page import LONG_PROMPT, asset, fill, flatten
 from diffusion_dpo.report.plots import write_plots
 from diffusion_dpo.report.statistics import pair_differences, prompt_means
 
@@ -32,8 +32,6 @@ _GROUPS = {"held_out": "Held out", "human": "People", "related": "Related", "tra
 _MAX_CATEGORIES = 24
 _MAX_LINES = 4
 """Of a curve."""
-_LONG = 600
-"""Characters of a prompt above which it is cut short until asked for."""
 
 
 def write_report(
@@ -49,14 +47,14 @@ def write_report(
     plots = write_plots(folder / "plots", report, scores)
     if embed:
         pictures.clear_assets(folder, keep=set())
-        wall = _embedded(report, scores, gallery)
+        selection = _embedded(report, scores, gallery)
     else:
         shape = (len(gallery.prompts), report.seeds_per_prompt)
-        wall = pictures.write_assets(folder, pictures.choose_pairs(scores, shape), gallery)
+        selection = pictures.write_assets(folder, pictures.choose_pairs(scores, shape), gallery)
     texts = {
         "prompts.jsonl": "".join(_prompt_lines(scores, gallery)),
         "report.md": render_markdown(report, plots),
-        "report.html": render(report, scores, gallery, wall),
+        "report.html": render(report, scores, gallery, selection),
     }
     for name, text in texts.items():
         with atomic_path(folder / name) as partial:
@@ -64,10 +62,12 @@ def write_report(
     return folder / "report.html"
 
 
-def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery, wall: Wall | None = None) -> str:
+def render(
+    report: Report, scores: Sequence[MetricScores], gallery: Gallery, selection: Selection | None = None
+) -> str:
     """Return the page, with its images inside unless they are elsewhere. The same comparison gives the same bytes."""
-    wall = wall or _embedded(report, scores, gallery)
-    embedded = wall.shown[0].sources[0].startswith("data:")
+    selection = selection or _embedded(report, scores, gallery)
+    embedded = selection.shown[0].sources[0].startswith("data:")
     return fill(
         "report.html.j2",
         style=asset("report.css"),
@@ -78,19 +78,19 @@ def render(report: Report, scores: Sequence[MetricScores], gallery: Gallery, wal
         overview=_overview(report) if len(report.models) > 1 else None,
         metrics=[metric.name for metric in scores],
         categories=_categories(report),
-        cards=_cards(report, scores, wall, gallery),
-        wall=wall,
+        cards=_cards(report, scores, selection, gallery),
+        selection=selection,
         embedded=embedded,
-        pixelated=max(wall.width_px, wall.height_px) <= SMALL_PX,
+        pixelated=max(selection.width_px, selection.height_px) <= SMALL_PX,
         num_pairs=len(gallery.prompts) * report.seeds_per_prompt,
-        data=_data(report, scores, gallery, wall, embedded=embedded),
-        facts=list(_flatten(report.made_with)),
+        data=_data(report, scores, gallery, selection, embedded=embedded),
+        facts=list(flatten(report.made_with)),
         charts=charts,
-        long=_LONG,
+        long=LONG_PROMPT,
     )
 
 
-def _embedded(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> Wall:
+def _embedded(report: Report, scores: Sequence[MetricScores], gallery: Gallery) -> Selection:
     limit = min(pictures.MAX_PAIRS, pictures.MAX_IMAGES // (1 + len(report.models)))
     pairs = pictures.choose_pairs(scores, (len(gallery.prompts), report.seeds_per_prompt), limit=max(24, limit))
     images = gallery.read(pairs)
@@ -248,7 +248,9 @@ def _panel(metric: MetricScores, result: MetricResult) -> dict[str, Any]:
 # --- the images ------------------------------------------------------------------------------------------------------
 
 
-def _cards(report: Report, scores: Sequence[MetricScores], wall: Wall, gallery: Gallery) -> list[dict[str, Any]]:
+def _cards(
+    report: Report, scores: Sequence[MetricScores], selection: Selection, gallery: Gallery
+) -> list[dict[str, Any]]:
     """What the cards say before the page's script sorts them: the headline's metric of the first model."""
     head = words.headline(report)
     values = next(metric.values for metric in scores if metric.name == head.name)
@@ -266,15 +268,15 @@ def _cards(report: Report, scores: Sequence[MetricScores], wall: Wall, gallery: 
             "scores": say(shown.pair),
             "sources": shown.sources,
         }
-        for number, shown in enumerate(wall.shown)
+        for number, shown in enumerate(selection.shown)
     ]
 
 
 def _data(
-    report: Report, scores: Sequence[MetricScores], gallery: Gallery, wall: Wall, *, embedded: bool
+    report: Report, scores: Sequence[MetricScores], gallery: Gallery, selection: Selection, *, embedded: bool
 ) -> dict[str, Any]:
     """What the page's script works with. Seeds are texts: they have 63 bits, and a number of JavaScript has 53."""
-    prompts = sorted({shown.pair.prompt for shown in wall.shown})
+    prompts = sorted({shown.pair.prompt for shown in selection.shown})
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     models = [model.name for model in report.models]
     places = {result.name: words.places_of(result) for result in report.of(models[0])}
@@ -290,23 +292,25 @@ def _data(
             for prompt in prompts
         ],
         "cards": [
-            [row_of[prompt], str(gallery.seeds[prompt][seed]), seed] for prompt, seed in (it.pair for it in wall.shown)
+            [row_of[prompt], str(gallery.seeds[prompt][seed]), seed]
+            for prompt, seed in (it.pair for it in selection.shown)
         ],
-        "sources": None if embedded else [it.sources for it in wall.shown],
-        "disagreement": [[_short(values[it.pair]) for it in wall.shown] for values in spread],
+        "sources": None if embedded else [it.sources for it in selection.shown],
+        "disagreement": [[_short(values[it.pair]) for it in selection.shown] for values in spread],
         "metrics": [
             {
                 "name": metric.name,
                 "higherIsBetter": metric.higher_is_better,
                 "places": places[metric.name],
                 "values": [
-                    [_short(metric.values[model][it.pair]) for model in (BASELINE, *models)] for it in wall.shown
+                    [_short(metric.values[model][it.pair]) for model in (BASELINE, *models)] for it in selection.shown
                 ],
             }
             for metric in scores
         ],
         "markdown": [headline_table(report, model) for model in models],
-        "size": [wall.width_px, wall.height_px],
+        "long": LONG_PROMPT,
+        "size": [selection.width_px, selection.height_px],
     }
 
 
@@ -316,13 +320,3 @@ def _short(value: float) -> float | None:
 
 def _finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _flatten(facts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested facts as (dotted name, text)."""
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield words.clean(f"{prefix}{name}"), words.clean(text)

@@ -64,8 +64,7 @@ def _detail(result: MetricResult) -> str:
 def escape(text: str) -> str:
     """Return text on one line that Markdown and the HTML in it show as it is, shortened where it is very long."""
     flat = words.shorten(text, _CHARACTERS).replace("&", "&amp;").replace("<", "&lt;")
-    flat = re.sub(r"^(\d+)([.)])", r"\1\\\2", flat)
-    return _SPECIAL.sub(r"\\\1", flat).replace("://", ":\u200b//")
+    return re.sub(r"^(\d+)\.", r"\1\\.", _SPECIAL.sub(r"\\\1", flat)).replace("://", ":\u200b//")
 
 
 def _result_row(result: MetricResult) -> str:

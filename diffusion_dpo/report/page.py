@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from typing import Any
 
@@ -9,6 +10,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from diffusion_dpo.report import words
+
+LONG_PROMPT = 600
+"""Characters of a prompt above which it is cut short until asked for."""
 
 
 def fill(template: str, *, style: str, script: str = "", images: str = "data:", **values: Any) -> str:
@@ -28,6 +32,23 @@ def fill(template: str, *, style: str, script: str = "", images: str = "data:", 
 def asset(name: str) -> str:
     """Return the text of a file of this folder."""
     return resources.files("diffusion_dpo.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested settings as lines of (dotted name, text)."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield words.clean(f"{prefix}{name}"), words.clean(_plain(value))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    return "null" if value is None else str(value)
 
 
 def _policy(style: str, script: str, images: str) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffusion_dpo.report import alarms, words
-from diffusion_dpo.report.alarms import FEWEST_STEPS
+from diffusion_dpo.report.alarms import FEWEST_STEPS, SURE
 from diffusion_dpo.report.figures import significant, with_error
 from diffusion_dpo.report.held_out_readings import (
     chosen_error,
@@ -91,25 +91,24 @@ def saturated(log: Log) -> Reading | None:
 
 def not_moved(log: Log) -> Reading | None:
     """Whether a loss that began at ln 2 is still there, within FLAT."""
-    loss = _loss_from_ln_2(log)
-    if loss is None or abs(loss - LN_2) >= FLAT:
-        return None
-    accuracy = _training_accuracy(log)
-    if accuracy is None:
+    loss, accuracy = _loss_from_ln_2(log), _training_accuracy(log)
+    if loss is None or accuracy is None or _has_moved(loss):
         return None
     more = "A larger learning_rate, or more steps; `diffusion-dpo train --find-beta` recommends one"
     if beyond_chance(accuracy) == 0:
         return Reading(
             "bad",
-            f"The loss is still ln 2 ({loss:.4f}) and the training accuracy at chance ({with_error(accuracy)}): "
-            "nothing was learned.",
+            f"The loss is still ln 2 ({with_error(loss, 4)}) and the training accuracy at chance "
+            f"({with_error(accuracy)}): nothing was learned.",
             more,
             clause="nothing was learned",
         )
+    if abs(loss.value - LN_2) >= FLAT:
+        return None
     return Reading(
         "bad",
-        f"The loss is still ln 2 ({loss:.4f}) though the training accuracy is {with_error(accuracy)}: the policy has "
-        "hardly moved from the reference. Accuracy counts signs alone, however small what is behind them.",
+        f"The loss is still ln 2 ({with_error(loss, 4)}) though the training accuracy is {with_error(accuracy)}: the "
+        "policy has hardly moved from the reference. Accuracy counts signs alone, however small what is behind them.",
         more,
         clause="the policy has hardly moved",
     )
@@ -118,12 +117,12 @@ def not_moved(log: Log) -> Reading | None:
 def at_chance(log: Log) -> Reading | None:
     """Whether the loss moved without the training pairs being told apart."""
     loss, accuracy = _loss_from_ln_2(log), _training_accuracy(log)
-    if loss is None or accuracy is None or abs(loss - LN_2) < FLAT or beyond_chance(accuracy) > 0:
+    if loss is None or accuracy is None or not _has_moved(loss) or beyond_chance(accuracy) > 0:
         return None
     return Reading(
         "bad",
-        f"The loss went from ln 2 to {loss:.3g}, yet the training accuracy is {with_error(accuracy)}, no better than "
-        "chance: the steps are too large, or the labels are noise.",
+        f"The loss went from ln 2 to {loss.value:.3g}, yet the training accuracy is {with_error(accuracy)}, no better "
+        "than chance: the steps are too large, or the labels are noise.",
         "A smaller learning_rate first; then look at the pairs: `diffusion-dpo inspect`, and `pair audit=50` for a "
         "check by eye",
         clause="its training pairs are not told apart",
@@ -194,13 +193,25 @@ def unfinished(log: Log, max_steps: int | None, max_kl: float | None = None) -> 
     )
 
 
-def _loss_from_ln_2(log: Log) -> float | None:
+def begins_at_ln_2(log: Log) -> bool:
+    """Whether the loss of the first step is that of a policy which is its reference."""
+    loss = log.finite("loss")
+    return len(loss.steps) > 0 and int(loss.steps[0]) == 1 and abs(float(loss.values[0]) - LN_2) < FLAT
+
+
+def _loss_from_ln_2(log: Log) -> Point | None:
     """Return the running average of a loss that began at ln 2, None for others."""
-    curve, _ = log.smooth("loss")
-    began = len(curve.steps) and curve.steps[0] == 1 and abs(curve.values[0] - LN_2) < FLAT
-    return float(curve.values[-1]) if began else None
+    return _average(log, "loss") if begins_at_ln_2(log) else None
+
+
+def _has_moved(loss: Point) -> bool:
+    return abs(loss.value - LN_2) > max(FLAT, SURE * (loss.standard_error or 0.0))
 
 
 def _training_accuracy(log: Log) -> Point | None:
-    curve, errors = log.smooth("rewards/accuracies")
+    return _average(log, "rewards/accuracies")
+
+
+def _average(log: Log, name: str) -> Point | None:
+    curve, errors = log.smooth(name)
     return Point(int(curve.steps[-1]), float(curve.values[-1]), float(errors[-1])) if len(curve.steps) else None

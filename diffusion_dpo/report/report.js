@@ -5,7 +5,6 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { metrics, models, prompts } = data;
 const PAGE = 24;
 const MAX_ZOOM = 16;
-const LONG = 600;
 const byId = (id) => document.getElementById(id);
 const list = byId("cards");
 const toolbar = byId("toolbar");
@@ -72,7 +71,7 @@ function card(number) {
   const prompt = element("p", "prompt");
   prompt.dir = "auto";
   const { text } = prompts[row];
-  prompt.append(element("bdi", "", text.length > LONG ? `${text.slice(0, LONG)}…` : text));
+  prompt.append(element("bdi", "", text.length > data.long ? `${text.slice(0, data.long)}…` : text));
   made.append(button, element("p", "scores"), prompt);
   nodes[number] = made;
   return made;
@@ -142,8 +141,8 @@ function show(number, { keep = false } = {}) {
     image.nextElementSibling.textContent = models[place];
   });
   const text = byId("zoom-prompt");
-  text.textContent = prompt.text.length > LONG ? `${prompt.text.slice(0, LONG)}…` : prompt.text;
-  byId("whole").hidden = prompt.text.length <= LONG;
+  text.textContent = prompt.text.length > data.long ? `${prompt.text.slice(0, data.long)}…` : prompt.text;
+  byId("whole").hidden = prompt.text.length <= data.long;
   byId("zoom-facts").textContent = `Prompt ${prompt.number}${prompt.category ? ` · ${prompt.category}` : ""} · seed ${seed}`;
   const siblings = data.cards.flatMap((other, n) => (other[0] === row ? [n] : [])).sort((a, b) => data.cards[a][2] - data.cards[b][2]);
   byId("seeds").replaceChildren(...siblings.map((n) => {

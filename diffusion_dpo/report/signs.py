@@ -10,7 +10,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from diffusion_dpo.report import BASELINE, MetricResult, MetricScores, Sign, words
+from diffusion_dpo.report.reading import beyond_chance
 from diffusion_dpo.report.statistics import mean_interval, prompt_means
+from diffusion_dpo.report.training_log import Point
 
 APPEARANCE = {
     "brightness": ("brighter", "darker"),
@@ -93,28 +95,37 @@ def distance(model: str, name: str, moved: np.ndarray, yardstick: np.ndarray | N
     )
 
 
-def implicit_accuracy(model: str, accuracy: float, standard_error: float) -> Sign:
-    """Say how often the model prefers the chosen image of held-out pairs, as training measured it."""
-    interval = (max(0.0, accuracy - 1.96 * standard_error), min(1.0, accuracy + 1.96 * standard_error))
-    warns = interval[0] <= 0.5
-    sentence = f"on held-out pairs it prefers the chosen image in {words.percent(accuracy)}"
-    sentence += f" ({words.percent(interval[0])} to {words.percent(interval[1])})" if standard_error else ""
-    if warns:
-        sentence += ": no better than chance, so what it learnt of the pairs does not carry over"
+def implicit_accuracy(model: str, accuracy: Point) -> Sign:
+    """Say how often the model prefers the chosen image of held-out pairs, as training measured it.
+
+    It warns unless that is better than chance by the three standard errors that the page of a run asks for.
+    """
+    side = beyond_chance(accuracy)
+    interval = None
+    sentence = f"on held-out pairs it prefers the chosen image in {words.percent(accuracy.value)}"
+    if accuracy.standard_error:
+        half = 1.96 * accuracy.standard_error
+        interval = (max(0.0, accuracy.value - half), min(1.0, accuracy.value + half))
+        sentence += f" ({words.percent(interval[0])} to {words.percent(interval[1])})"
+    if side == 0:
+        few = "" if accuracy.standard_error else "; too few prompts were held out"
+        sentence += f": nothing tells this from chance{few}"
+    elif side < 0:
+        sentence += ": less often than chance would, as if chosen and rejected were swapped"
     return Sign(
         model=model,
         name="implicit_accuracy",
         baseline=None,
-        value=accuracy,
-        interval=interval if standard_error else None,
-        warns=warns,
+        value=accuracy.value,
+        interval=interval,
+        warns=side <= 0,
         sentence=sentence,
     )
 
 
 def trained_on_only(results: Sequence[MetricResult]) -> Iterable[Sign]:
     """Say where the judge of the training pairs rose and no held-out one did; nothing where there is no such judge."""
-    main = [result for result in results if not result.auxiliary]
+    main = [result for result in results if not result.auxiliary and result.num_pairs]
     trained = [result for result in main if result.role == "trained_on" and words.verdict(result) == "better"]
     held_out = [result for result in main if result.role in ("held_out", "human")]
     if not trained or not held_out:

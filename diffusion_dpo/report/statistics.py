@@ -34,7 +34,7 @@ METHODS = {
     "wins, ties, losses": "counted per pair of images (same prompt, same seed); a tie is an exactly equal score",
     "missing": "a pair with an image that could not be scored is left out of that metric and counted, never a zero",
     "prompts_needed": f"prompts for which an interval excludes one half with a probability of {POWER:.0%}, by the "
-    "normal approximation, with the spread between prompts that was observed",
+    "normal approximation, with the spread between prompts that was observed (where there was any)",
 }
 _MAX_ENUMERATED = 12
 """Up to this many changed prompts all 2^n signs are tried; above, NUM_RESAMPLES random ones."""
@@ -109,7 +109,7 @@ def summarise(
         name=metric.name,
         model=model,
         category=category,
-        role=metric.role,
+        role=metric.roles.get(model, metric.role),
         auxiliary=metric.auxiliary,
     )
 

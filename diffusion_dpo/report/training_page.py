@@ -1,7 +1,7 @@
 """report.html of a training run: what its curves say, the curves, the previews and the settings, on one page."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from diffusion_dpo.report import line_charts, words
 from diffusion_dpo.report.alarms import SURE
 from diffusion_dpo.report.figures import DASH, relative, relative_with_error, significant, with_error
 from diffusion_dpo.report.line_charts import Chart, Line, Plot, plot
-from diffusion_dpo.report.page import asset, fill
-from diffusion_dpo.report.readings import LN_2, Findings
+from diffusion_dpo.report.page import LONG_PROMPT, asset, fill
+from diffusion_dpo.report.readings import LN_2, Findings, begins_at_ln_2
 from diffusion_dpo.report.training_log import Log, Point, log_snr
 
 PREVIEW_BUDGET_BYTES = 6_000_000
@@ -22,7 +22,6 @@ MAX_COLUMNS, MAX_ROWS = 24, 12
 """Of the film strip: steps, spread evenly with the first and the last among them, and prompts."""
 MAX_EVALUATIONS = 48
 """Columns of the table by noise level."""
-_PROMPT_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
@@ -59,23 +58,15 @@ def render(run: TrainingRun) -> str:
         "training.html.j2",
         style=asset("report.css") + asset("training.css"),
         script=asset("training.js"),
-        title=shorten(run.name, 80),
+        title=words.shorten(run.name, 80),
         run=run,
         tiles=_tiles(run),
         plots=plots,
         frame=line_charts,
         levels=_levels(run.log),
         film=_film(run.film) if run.film else None,
-        shorten=shorten,
         data={"charts": [_readable(it) for it in plots]},
     )
-
-
-def shorten(text: str, characters: int = _PROMPT_CHARACTERS) -> str:
-    """Return the start of a text, on one line, such as UTF-8 and HTML can hold."""
-    flat = " ".join(text[: 4 * characters].split())
-    is_whole = len(flat) <= characters and len(text) <= 4 * characters
-    return words.clean(flat if is_whole else flat[:characters].rstrip() + "…")
 
 
 # --- the curves ------------------------------------------------------------------------------------------------------
@@ -83,7 +74,7 @@ def shorten(text: str, characters: int = _PROMPT_CHARACTERS) -> str:
 
 def charts(log: Log) -> list[Chart]:
     """Return the charts of a run, in their order on the page; those without a value are left out when drawn."""
-    ln_2 = ((LN_2, "ln 2"),) if _begins_at_ln_2(log) else ()
+    ln_2 = ((LN_2, "ln 2"),) if begins_at_ln_2(log) else ()
     return [
         Chart(
             "Accuracy",
@@ -163,11 +154,6 @@ def _held_out(log: Log, metric: str, name: str, kind: Any = "held_out") -> Line:
     errors = np.array([math.nan if it.standard_error is None else it.standard_error for it in points])
     band = errors if np.isfinite(errors).any() else None
     return Line(name, kind, curve, band=band, is_marked=True)
-
-
-def _begins_at_ln_2(log: Log) -> bool:
-    loss = log.finite("loss")
-    return bool(len(loss.steps)) and bool(loss.steps[0] == 1) and abs(float(loss.values[0]) - LN_2) < 1e-3
 
 
 def _readable(it: Plot) -> dict[str, Any]:
@@ -252,8 +238,8 @@ def _cell(point: Point | None, middle: float, limit: float, sign: int) -> dict[s
 
 
 def pick_columns(steps: Sequence[int], limit: int = MAX_COLUMNS) -> list[int]:
-    """Return at most `limit` of the rising steps, spread evenly, the first and the last among them."""
-    places = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), limit)).round().astype(int))
+    """Return at most `limit` of the rising steps, spread evenly, the last and then the first among them."""
+    places = np.unique(np.linspace(len(steps) - 1, 0, min(len(steps), limit)).round().astype(int))
     return [steps[place] for place in places.tolist()]
 
 
@@ -268,27 +254,10 @@ def _film(film: Film) -> dict[str, Any]:
             None if image is None else {"uri": next(uris), "step": step, "column": column, "size_px": image.size}
             for column, (step, image) in enumerate(zip(film.steps, images, strict=True))
         ]
-        rows.append({"number": number, "prompt": shorten(prompt), "cells": cells})
+        rows.append({"number": number, "prompt": words.shorten(prompt, LONG_PROMPT), "cells": cells})
     return {
         "rows": rows,
         "steps": film.steps,
         "num_left_out": film.num_steps - len(film.steps),
         "is_small": all(max(image.size) <= SMALL_PX for image in flat),
     }
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested settings as lines of (dotted name, value)."""
-    lines: list[tuple[str, str]] = []
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        lines += flatten(value, f"{name}.") if isinstance(value, Mapping) and value else [(name, _plain(value))]
-    return lines
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value)) or "none"
-    return "null" if value is None else str(value)

@@ -84,7 +84,7 @@ def lead(result: MetricResult) -> str:
     places = places_of(result)
     before, after = number(result.mean_baseline, places), number(result.mean, places)
     if result.num_pairs == 0:
-        return f"no pair could be scored with {result.name}"
+        return "nobody voted" if result.role == "human" else f"no pair could be scored with {result.name}"
     outcome = verdict(result)
     if outcome == "same":
         return f"{result.name} is the same for both, {before}"
@@ -99,7 +99,8 @@ def lead(result: MetricResult) -> str:
 def detail(result: MetricResult) -> str:
     """Return what follows the clause: `+0.08, 95 % interval +0.05 to +0.11`, and what it does not show."""
     if result.num_pairs == 0:
-        return f"all {result.num_missing} pairs are missing a score"
+        missing = "vote" if result.role == "human" else "score"
+        return f"all {result.num_missing} pairs are missing a {missing}"
     if verdict(result) == "same":
         return f"all {count(result.num_pairs, 'pairs')} tie"
     parts = [number(result.mean_difference, places_of(result), signed=True)]
@@ -147,9 +148,16 @@ def headline(report: Report, model: str | None = None) -> MetricResult:
     return min(report.of(model or report.models[0].name), key=rank)
 
 
-def rank(result: MetricResult) -> tuple[bool, int]:
-    """Return the place of a metric on the page: main before auxiliary, held out and people's votes before the rest."""
-    return result.auxiliary, {"held_out": 0, "human": 0, "related": 1, "trained_on": 2}[result.role]
+def rank(result: MetricResult) -> tuple[bool, bool, int]:
+    """Return the place of a metric on the page: main before auxiliary, held out and people's votes before the rest.
+
+    One that has no pair, of a model that people were not asked about, say, comes after those that have.
+    """
+    return (
+        result.auxiliary,
+        not result.num_pairs,
+        {"held_out": 0, "human": 0, "related": 1, "trained_on": 2}[result.role],
+    )
 
 
 def cautions(report: Report, model: str | None = None) -> list[str]:
@@ -169,9 +177,14 @@ def cautions(report: Report, model: str | None = None) -> list[str]:
 def _cautions_of(report: Report, facts: ModelFacts) -> list[str]:
     notes = [f"{sign.sentence}." for sign in report.signs if sign.warns and sign.model == facts.name]
     results = report.of(facts.name)
-    main = [result for result in results if not result.auxiliary]
+    main = [result for result in results if not result.auxiliary and result.num_pairs]
     if main and not any(result.role in ("held_out", "human") for result in main):
         notes.append("no metric is held out from the training pairs, so a rise here proves little.")
+    if facts.labelled_by is None:
+        notes.append(
+            "nothing says what labelled the pairs that it was trained on, and a judge that did is not told apart: set "
+            "trained_on to the metrics that did, or to [] where people chose."
+        )
     if facts.num_prompts_trained_on:
         notes.append(
             f"{facts.num_prompts_trained_on:,} of {count(report.num_prompts, 'prompts')} were in the training pairs: "
@@ -184,8 +197,8 @@ def _cautions_of(report: Report, facts: ModelFacts) -> list[str]:
             f"{count(sum(it.p_holm is not None for it in main), 'metrics')}: it may be chance."
         )
     notes += [
-        f"{result.name}: {count(result.num_missing, 'pairs')} of {result.num_pairs + result.num_missing:,} could not "
-        "be scored, and took no part."
+        f"{result.name}: {count(result.num_missing, 'pairs')} of {result.num_pairs + result.num_missing:,} "
+        f"{'have no vote' if result.role == 'human' else 'could not be scored'}, and took no part."
         for result in results
         if result.num_missing
     ]

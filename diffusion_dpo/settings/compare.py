@@ -83,6 +83,17 @@ class CompareConfig(Config):
                     f"models: {name!r} cannot be a model's name; take up to 40 letters, digits, `.`, `_`, `@` or `-`, "
                     "and not `baseline`"
                 )
-        if len(set(self.adapter_scales)) < len(self.adapter_scales):
-            raise ValueError("adapter_scales has a strength twice")
+        names = [name for model in self.models for name in self.names_of(model)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"models and adapter_scales make two models of the name {twice!r}; rename one, or take "
+                "strengths that differ more"
+            )
         return self
+
+    def names_of(self, model: str) -> list[str]:
+        """Return what a model is called in the report: its name, or one for each of `adapter_scales`."""
+        if self.models[model].adapter_path is None or not self.adapter_scales:
+            return [model]
+        return [f"{model}@{scale:g}" for scale in self.adapter_scales]

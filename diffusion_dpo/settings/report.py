@@ -13,6 +13,6 @@ class ReportConfig(Config):
     path: Path = Path("runs/train")
     """The run folder, `output_dir` of `train`; one that is still at work will do."""
     num_previews: int = Field(24, ge=0)
-    """Steps of which previews are shown, the first and the last among them; 0 shows none."""
+    """Steps of which previews are shown, the last and then the first among them; 0 shows none."""
     output_dir: Path | None = None
     """Folder for report.html; null writes it into the run folder."""

@@ -44,7 +44,7 @@ def test_hostile_text_makes_no_element(page: str) -> None:
 
 def test_nothing_comes_from_outside(page: str) -> None:
     links = [value for _, attributes in Elements(page).tags for name, value in attributes.items() if name == "href"]
-    assert links == ["#wall"]
+    assert links == ["#selection"]
     assert "url(" not in page and "@import" not in page and "//" not in re.sub(r"base64,[^\"]*|//[^\n]*\n", "", page)
     assert "default-src &#39;none&#39;" in page and "img-src data:;" in page and "unsafe" not in page
 
@@ -83,18 +83,18 @@ def test_every_prompt_has_its_numbers(folder: Path) -> None:
 
 def test_small_images_are_embedded_untouched() -> None:
     data = png(Image.new("RGB", (64, 64), "red"))
-    wall = embed([(Pair(0, 0), {BASELINE: data, "tuned": data})])
-    assert base64.b64decode(wall.shown[0].sources[0].partition(",")[2]) == data
+    selection = embed([(Pair(0, 0), {BASELINE: data, "tuned": data})])
+    assert base64.b64decode(selection.shown[0].sources[0].partition(",")[2]) == data
 
 
 def test_large_images_are_reduced_to_fit_and_the_page_says_so() -> None:
     rng = np.random.default_rng(0)
     noise = [png(Image.fromarray(rng.integers(0, 256, (200, 150, 3), dtype=np.uint8))) for _ in range(2)]
     images = [(Pair(p, 0), {BASELINE: noise[0], "tuned": noise[1]}) for p in range(20)]
-    wall = embed(images, budget_bytes=1_000_000)
-    assert len(wall.shown) == 20 and "WebP of at most" in wall.note
-    assert sum(len(source) for shown in wall.shown for source in shown.sources) < 1_000_000 * 1.4
-    assert wall.num_bytes < 1_000_000
+    selection = embed(images, budget_bytes=1_000_000)
+    assert len(selection.shown) == 20 and "WebP of at most" in selection.note
+    assert sum(len(source) for shown in selection.shown for source in shown.sources) < 1_000_000 * 1.4
+    assert selection.num_bytes < 1_000_000
     scarce = embed(images, budget_bytes=150_000)
     assert 0 < len(scarce.shown) < 20 and f"{20 - len(scarce.shown)} of 20 pairs did not fit" in scarce.note
 
@@ -153,7 +153,7 @@ def test_images_beside_the_page_are_whole_kept_and_cleared(tmp_path: Path) -> No
 def test_the_barest_comparison_makes_a_report(tmp_path: Path, fill: float) -> None:
     picture = png(Image.new("RGB", (16, 16)))
     values = {name: np.full((1, 1), fill) for name in (BASELINE, "tuned")}
-    scores = [MetricScores("m", "human", True, values, auxiliary=True)]
+    scores = [MetricScores("m", "held_out", True, values, auxiliary=True)]
     facts = [ModelFacts(name=name, description="", weights="") for name in values]
     report = Report(
         num_prompts=1,

@@ -5,6 +5,7 @@ import pytest
 
 from diffusion_dpo.report import BASELINE, MetricScores, Role, Sign, signs
 from diffusion_dpo.report.statistics import summarise
+from diffusion_dpo.report.training_log import Point
 
 RNG = np.random.default_rng(0)
 BASE = 0.5 + 0.1 * RNG.normal(size=(40, 2))
@@ -59,12 +60,22 @@ def test_distance_warns_where_nothing_moved_and_where_all_did() -> None:
     assert not alone.warns and "0.3 away" in alone.sentence
 
 
-@pytest.mark.parametrize("accuracy,warns", [(0.55, True), (0.66, False), (0.4, True)])
-def test_held_out_accuracy_warns_where_it_may_be_chance(accuracy: float, warns: bool) -> None:
-    sign = signs.implicit_accuracy("tuned", accuracy, 0.03)
-    assert sign.warns == warns and ("no better than chance" in sign.sentence) == warns
+@pytest.mark.parametrize(
+    "accuracy,warns,words",
+    [
+        (0.66, False, "chosen image in 66\u00a0% (60\u00a0% to 72\u00a0%)"),
+        (0.58, True, "nothing tells this from chance"),  # its interval excludes one half, by less than three errors
+        (0.4, True, "less often than chance would"),
+    ],
+)
+def test_held_out_accuracy_warns_unless_it_is_surely_better_than_chance(
+    accuracy: float, warns: bool, words: str
+) -> None:
+    sign = signs.implicit_accuracy("tuned", Point(9, accuracy, 0.03))
+    assert sign.warns == warns and words in sign.sentence
     assert sign.interval == pytest.approx((accuracy - 0.0588, accuracy + 0.0588))
-    assert signs.implicit_accuracy("tuned", accuracy, 0.0).interval is None
+    unsure = signs.implicit_accuracy("tuned", Point(9, accuracy))
+    assert unsure.interval is None and unsure.warns and "too few prompts were held out" in unsure.sentence
 
 
 @pytest.mark.parametrize("held_out_gain,warns", [(0.0, True), (0.1, False)])

@@ -163,3 +163,20 @@ def test_decimals_follow_the_interval() -> None:
 
 def test_unprintable_text_becomes_printable() -> None:
     assert words.clean("a\x00b\ud800c\nd") == "a\ufffdb\ufffdc\nd"
+
+
+def test_a_model_that_nobody_voted_on_is_headed_by_its_judges() -> None:
+    votes = np.where(np.arange(64)[:, None] < 12, 1.0, np.nan)
+    people = metric("people", "human", True, np.zeros((64, 1)), votes, np.full((64, 1), np.nan))
+    made = report(people, shifted(0.08, 0.08, role="trained_on"))
+    assert words.headline(made, "tuned").name == "people" and words.headline(made, "other").name == "clip"
+    assert "people: 52 pairs of 64 have no vote, and took no part." in words.cautions(made, "tuned")
+    assert any(it.startswith("No metric is held out") for it in words.cautions(made, "other"))
+    assert not any(it.startswith("No metric is held out") for it in words.cautions(made, "tuned"))
+
+
+def test_it_is_said_where_nothing_says_what_labelled() -> None:
+    made = report(shifted(0.08))
+    unknown = made.model_copy(update={"models": (made.models[0].model_copy(update={"labelled_by": None}),)})
+    assert any("nothing says what labelled" in it.lower() for it in words.cautions(unknown))
+    assert not any("nothing says what labelled" in it.lower() for it in words.cautions(made))
