@@ -47,13 +47,13 @@ def read_votes(folder: Path) -> list[Vote]:
 
 
 def standing(events: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the votes that were not taken back, in order; each has its place in time by its `key`."""
-    votes: dict[str, dict[str, Any]] = {}
+    """Yield the votes that were not taken back, in order; each is known by its rater and its `key`."""
+    votes: dict[tuple[str, str], dict[str, Any]] = {}
     for event in events:
         if event["event"] == "undo":
-            votes.pop(event["vote"], None)
+            votes.pop((event["rater"], event["vote"]), None)
         else:
-            votes.setdefault(event["key"], event)
+            votes.setdefault((event["rater"], event["key"]), event)
     yield from votes.values()
 
 
@@ -65,7 +65,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break was cut short
         try:
-            found.append(json.loads(line))
-        except ValueError as error:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} line {number} is damaged: {error}; remove that line to go on") from None
+        if not isinstance(entry, dict) or not entry:
+            raise ConfigError(f"{path} line {number} is damaged: it says nothing; remove that line to go on")
+        found.append(entry)
     return found

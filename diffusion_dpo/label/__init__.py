@@ -54,15 +54,16 @@ def export(config: LabelConfig) -> Path:
 def _opened(config: LabelConfig) -> Iterator[Study]:
     """Yield the study of a folder, which is ours while it lasts."""
     folder = config.output_dir
-    source = Path(str(config.data.model_dump().get("path", ""))) if config.data is not None else config.path
-    if not source.exists():
-        raise ConfigError(f"there is no file or folder {source} to label")
-    if folder.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
+    source = config.path if config.data is None else config.data.model_dump().get("path")
+    if isinstance(source, Path):  # and not the name of a data set on the hub
+        if not source.exists():
+            raise ConfigError(f"there is no file or folder {source} to label")
+        if folder.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
     identity = config.model_dump(mode="json", include=_DECIDES)
     with claim(folder, "label", identity):
-        with atomic_path(folder / "config.yaml") as partial:
-            partial.write_text(dump(config), encoding="utf-8")
+        with atomic_path(folder / "config.yaml") as partial:  # without what lets others vote, who may read it
+            partial.write_text(dump(config.model_copy(update={"token": None})), encoding="utf-8")
         items = make_items(config, folder)
         finish(folder, "label", identity, num_items=len(items))
         with Log(folder / LOG) as log:
@@ -89,11 +90,13 @@ def _serve(config: LabelConfig, study: Study, listener: socket.socket, token: st
 
     from diffusion_dpo.label.server import make_app
 
-    names = {config.host, "127.0.0.1", "localhost"} if config.host in ("127.0.0.1", "localhost") else {config.host}
+    names = {config.host.lower()}
+    if config.host in ("127.0.0.1", "localhost"):
+        names = {"127.0.0.1", "localhost"}
     if config.host in _ANY:  # whoever comes knows the machine by some name; the token decides
         own = {_own_address(host) for host in _ANY}
         names = {socket.gethostname().lower(), "127.0.0.1", "localhost", "::1", *own, *_addresses()}
-    hosts = frozenset(_netloc(name, port) for name in names)
+    hosts = frozenset(_netloc(name, port).removesuffix(":80") for name in names)  # which browsers leave out
     app = make_app(study, config.output_dir, token=token, hosts=hosts)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=2))
     server.run(sockets=[listener])

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.candidates import Candidate, find_units
+from diffusion_dpo.data.candidates import find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
 from diffusion_dpo.data.recognise import recognise
@@ -29,6 +29,7 @@ from diffusion_dpo.files import atomic_path
 from diffusion_dpo.settings import LabelConfig
 
 IMAGES = "images"
+_RUINED = "ruined "
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,8 @@ class Item:
     """Of a comparison, the model that drew the second image."""
 
 
-@dataclass(frozen=True)
-class _Side:
-    data: bytes
-    uid: str
-
-
-_Found = tuple[str, _Side, _Side, str]
-"""Prompt, both sides, and the model of the second."""
+_Pair = tuple[str, str, str, str]
+"""Prompt, the uids of both images, and the model of the second."""
 
 
 def make_items(config: LabelConfig, folder: Path) -> list[Item]:
@@ -65,26 +60,19 @@ def make_items(config: LabelConfig, folder: Path) -> list[Item]:
     path = folder / ITEMS
     if path.exists():
         return [Item(**line) for line in read_lines(path)]
-    (folder / IMAGES).mkdir(exist_ok=True)
-    found = list(_choose(config, _find(config)))
-    names: dict[str, str] = {}
-    items, num_broken = [], 0
-    with progress("images", len(found), "pairs") as advance:
-        for number, (prompt, first, second, model) in enumerate(found):
-            advance()
-            try:
-                shown = [_write(folder, side, names) for side in (first, second)]
-                checked = number < round(config.checks_share * len(found))
-                ruined = _write(folder, _Side(_ruin(first.data), f"ruined {first.uid}"), names) if checked else ""
-            except BrokenImage as error:
-                num_broken += 1
-                warn(f"left out a pair of {prompt[:60]!r}: {error}")
-                continue
-            items.append(Item(secrets.token_hex(8), prompt, first.uid, second.uid, shown[0], shown[1], ruined, model))
+    pairs = _choose(config, _find(config))
+    num_checks = round(config.checks_share * len(pairs))
+    names = _write_images(config, folder, pairs, num_checks)
+    items = []
+    for number, (prompt, first, second, model) in enumerate(pairs):
+        if first in names and second in names:
+            ruined = names[_RUINED + first] if number < num_checks else ""
+            shown = names[first], names[second]
+            items.append(Item(secrets.token_hex(8), prompt, first, second, *shown, ruined, model))
     if not items:
         raise ConfigError(
             f"there is nothing to ask about in {config.path}: "
-            + ("every image is broken" if num_broken else "no prompt has two different images")
+            + ("every image is broken" if pairs else "no prompt has two different images")
         )
     os.sync()  # the images, all at once: the list of items says that they are there
     with atomic_path(path) as partial:
@@ -92,79 +80,124 @@ def make_items(config: LabelConfig, folder: Path) -> list[Item]:
     return items
 
 
-def _find(config: LabelConfig) -> Iterator[_Found]:
+# --- which pairs -----------------------------------------------------------------------------------------------------
+
+
+def _choose(config: LabelConfig, found: Iterable[_Pair]) -> list[_Pair]:
+    """Return the pairs in random order, without those of one image twice, and no more than are asked for."""
+    different = dict.fromkeys(pair for pair in found if pair[1] != pair[2])
+    return sorted(different, key=lambda pair: _hash(config.seed, "order", *pair))[: config.max_pairs]
+
+
+def _find(config: LabelConfig) -> Iterator[_Pair]:
     """Yield every pair that may be asked about."""
-    if config.data is None and is_comparison(config.path):
+    if _is_comparison(config):
         for pair in read_comparison(config.path):
-            yield pair.prompt, _side(pair.baseline), _side(pair.other), pair.model
+            yield pair.prompt, pair.baseline.uid, pair.other.uid, pair.model
         return
-    source = config.data or recognise(config.path)
+    source = _source(config)
     if source is None:
         yield from _of_candidates(config)
         return
-    for row in cast(PairSource, source).read():
+    for row in source.read():
         if isinstance(row, Dropped):
             warn(f"left out {row.where}: {row.reason}")
-        elif isinstance(row, PreferencePair) and row.chosen and row.rejected:
-            first, second = _of_pair(row, config.seed)
+        elif sides := _sides(row):
+            # in an order that the label has no part in
+            first, second = sorted((uid for uid, _ in sides), key=lambda uid: _hash(config.seed, "first", uid))
             yield row.prompt, first, second, ""
 
 
-def _of_pair(pair: PreferencePair, seed: int) -> list[_Side]:
-    """Return both sides in an order that the label has no part in."""
-    sides = [
-        _Side(pair.chosen, pair.chosen_uid or _content_id(pair.chosen)),
-        _Side(pair.rejected, pair.rejected_uid or _content_id(pair.rejected)),
-    ]
-    return sorted(sides, key=lambda side: _hash(seed, "first", side.uid))
-
-
-def _of_candidates(config: LabelConfig) -> Iterator[_Found]:
+def _of_candidates(config: LabelConfig) -> Iterator[_Pair]:
     """Yield pairs of the images of a prompt: neighbours on a ring in random order, then those two apart, and so on."""
-    groups: dict[str, dict[str, Candidate]] = {}
+    groups: dict[str, tuple[str, set[str]]] = {}
     for unit in find_units(config.path):
-        for candidate in unit.read():
+        for candidate in unit.read(images=False):
             if candidate.broken:
                 warn(f"left out {candidate.where}: {candidate.broken}")
             elif candidate.group:
-                groups.setdefault(candidate.group, {}).setdefault(candidate.uid, candidate)
-    for group in groups.values():
-        ring = sorted(group.values(), key=lambda it: _hash(config.seed, "ring", it.uid))
+                groups.setdefault(candidate.group, (candidate.prompt, set()))[1].add(candidate.uid)
+    for prompt, uids in groups.values():
+        ring = sorted(uids, key=lambda uid: _hash(config.seed, "ring", uid))
         steps = range(1, len(ring) // 2 + 1)
         pairs = ((ring[i], ring[(i + step) % len(ring)]) for step in steps for i in range(len(ring)))
-        distinct = {frozenset((a.uid, b.uid)): (a, b) for a, b in pairs if a.uid != b.uid}
+        distinct = {frozenset(pair): pair for pair in pairs}
         for first, second in islice(distinct.values(), config.pairs_per_prompt):
-            yield first.prompt, _side(first), _side(second), ""
+            yield prompt, first, second, ""
 
 
-def _choose(config: LabelConfig, found: Iterable[_Found]) -> Sequence[_Found]:
-    """Return the pairs in random order, without those of one image twice, and no more than are asked for."""
-    different = {
-        (prompt, a.uid, b.uid, model): (prompt, a, b, model) for prompt, a, b, model in found if a.uid != b.uid
-    }
-    order = sorted(different, key=lambda key: _hash(config.seed, "order", *key))
-    return [different[key] for key in order[: config.max_pairs]]
+def _is_comparison(config: LabelConfig) -> bool:
+    return config.data is None and is_comparison(config.path)
 
 
-def _side(candidate: Candidate) -> _Side:
-    return _Side(candidate.data, candidate.uid)
+def _source(config: LabelConfig) -> PairSource | None:
+    return cast(PairSource | None, config.data or recognise(config.path))
 
 
-def _write(folder: Path, side: _Side, names: dict[str, str]) -> str:
-    """Write an image as the page shows it, once; return its name."""
-    if side.uid not in names:
-        image = decode_rgb(side.data)
-        names[side.uid] = secrets.token_hex(16)
-        (folder / IMAGES / f"{names[side.uid]}.png").write_bytes(encode_png(image))
-    return names[side.uid]
+def _sides(row: object) -> tuple[tuple[str, bytes], ...]:
+    """Return the uid and the bytes of both images of a pair; () of anything else."""
+    if not isinstance(row, PreferencePair) or not row.chosen or not row.rejected:
+        return ()
+    return (
+        (row.chosen_uid or _content_id(row.chosen), row.chosen),
+        (row.rejected_uid or _content_id(row.rejected), row.rejected),
+    )
 
 
-def _ruin(data: bytes) -> bytes:
+# --- their images ----------------------------------------------------------------------------------------------------
+
+
+def _write_images(config: LabelConfig, folder: Path, pairs: Sequence[_Pair], num_checks: int) -> dict[str, str]:
+    """Write the images of the pairs as the page shows them, each once; return their names by uid.
+
+    The first image of the first `num_checks` pairs has a ruined copy, by its uid with _RUINED before it. A broken
+    image is told, and has no name.
+    """
+    (folder / IMAGES).mkdir(exist_ok=True)
+    needed = {uid for _, *both, _ in pairs for uid in both}
+    checked = {first for _, first, _, _ in pairs[:num_checks]}
+    names: dict[str, str] = {}
+    with progress("images", len(needed), "images") as advance:
+        for uid, data in _read_images(config):
+            if uid not in needed:
+                continue
+            needed.remove(uid)
+            advance()
+            try:
+                names[uid] = _write(folder, decode_rgb(data))
+                if uid in checked:
+                    names[_RUINED + uid] = _write(folder, _ruin(decode_rgb(data)))
+            except BrokenImage as error:
+                warn(f"left out what is asked of image {uid}: {error}")
+    return names
+
+
+def _read_images(config: LabelConfig) -> Iterator[tuple[str, bytes]]:
+    """Yield the uid and the bytes of all images that there are, some of them more than once."""
+    if _is_comparison(config):
+        for pair in read_comparison(config.path):
+            yield from ((it.uid, it.data) for it in (pair.baseline, pair.other))
+        return
+    source = _source(config)
+    if source is None:
+        for unit in find_units(config.path):
+            yield from ((it.uid, it.data) for it in unit.read())
+        return
+    for row in source.read():
+        yield from _sides(row)
+
+
+def _write(folder: Path, image: Image.Image) -> str:
+    name = secrets.token_hex(16)
+    (folder / IMAGES / f"{name}.png").write_bytes(encode_png(image))
+    return name
+
+
+def _ruin(image: Image.Image) -> Image.Image:
     """Return an image's coarse, blurred copy."""
-    image = decode_rgb(data)
     small = image.resize((max(2, image.width // 16), max(2, image.height // 16)))
     blurred = small.resize(image.size, Image.Resampling.BICUBIC)
-    return encode_png(blurred.filter(ImageFilter.GaussianBlur(max(image.size) / 40)))
+    return blurred.filter(ImageFilter.GaussianBlur(max(image.size) / 40))
 
 
 def _content_id(data: bytes) -> str:

@@ -8,7 +8,9 @@ const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byt
 const wait = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
 async function ask(path, body) {
-  const options = body === undefined ? {} : { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } };
+  const headers = { "X-Rater": encodeURIComponent(document.body.dataset.rater) }; // whom this page is drawn for
+  const options = body === undefined ? { headers }
+    : { method: "POST", body: JSON.stringify(body), headers: { ...headers, "Content-Type": "application/json" } };
   const answer = await fetch(path, options);
   const found = await answer.json();
   if (!answer.ok) throw Object.assign(new Error(found.error), { status: answer.status });
@@ -33,7 +35,7 @@ function welcome(form) {
 }
 
 function labelling() {
-  const MINE = `vote ${document.body.dataset.study} ${document.body.dataset.rater} `; // one entry a vote: tabs share the store
+  const MINE = `vote ${document.body.dataset.study} ${encodeURIComponent(document.body.dataset.rater)} `; // one entry a vote: tabs share the store
   const unsent = Object.keys(localStorage).filter((name) => name.startsWith(MINE)) // of an earlier visit, the server being gone
     .map((name) => JSON.parse(localStorage.getItem(name))).sort((a, b) => a.made - b.made);
   const loaded = new Map(); // images by name: those that are due are there before they are needed

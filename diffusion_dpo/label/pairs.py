@@ -30,25 +30,27 @@ def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
         if vote["kind"] == "pair":
             votes[vote["item"]].append(vote["choice"])
     drops: Counter[str] = Counter()
-    rows = []
+    decided: list[tuple[Item, _Outcome]] = []
     for item_id, choices in votes.items():
         outcome = _decide(choices, soft=study.config.labels == "soft")
         if isinstance(outcome, str):
             drops[outcome] += 1
         else:
-            rows.append(pair_row(_pair(study.items[item_id], outcome, folder)))
+            decided.append((study.items[item_id], outcome))
     target = folder / FOLDER
     for left in folder.glob(".pairs-*"):  # of a run that was killed
         shutil.rmtree(left)
-    if not rows:
+    if not decided:
         if target.exists():  # of votes that were taken back
             shutil.rmtree(target)
         return target, 0, dict(drops)
     staging = folder / f".pairs-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
-    for number, start in enumerate(range(0, len(rows), _PAIRS_PER_SHARD)):
-        write_shard(staging / f"pairs-{number:05d}.parquet", rows[start : start + _PAIRS_PER_SHARD], PAIRS)
-    facts = {"made_by": "label", "complete": True, "num_pairs": len(rows), "drops": dict(drops)}
+    for number, start in enumerate(range(0, len(decided), _PAIRS_PER_SHARD)):
+        part = decided[start : start + _PAIRS_PER_SHARD]
+        rows = [pair_row(_pair(item, outcome, folder)) for item, outcome in part]
+        write_shard(staging / f"pairs-{number:05d}.parquet", rows, PAIRS)
+    facts = {"made_by": "label", "complete": True, "num_pairs": len(decided), "drops": dict(drops)}
     write_json(staging / "manifest.json", facts | {"labels": study.config.labels, "labelled_by": ["human"]})
     if target.exists():
         os.replace(target, staging.with_name(f"{staging.name}-old"))
@@ -56,7 +58,7 @@ def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
     fsync_folder(folder)
     for left in folder.glob(".pairs-*"):
         shutil.rmtree(left)
-    return target, len(rows), dict(drops)
+    return target, len(decided), dict(drops)
 
 
 def _decide(choices: list[str], *, soft: bool) -> _Outcome | str:

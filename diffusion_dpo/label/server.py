@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -196,9 +197,12 @@ def _rater(request: Request) -> str | None:
 
 
 def _known_rater(request: Request) -> str:
+    """Return who asks; raises _BadRequest where that is not whom the page was drawn for: sides depend on the rater."""
     rater = _rater(request)
     if rater is None:
         raise _BadRequest(401, "say your name first: reload the page")
+    if unquote(request.headers.get("x-rater", "")) != rater:
+        raise _BadRequest(409, f"in this browser it is {rater}'s turn now; reload the page, or give your name again")
     return rater
 
 
@@ -211,7 +215,7 @@ async def _body(request: Request) -> dict[str, Any]:
             raise _BadRequest(413, f"a request may bring {_MOST_BYTES} bytes")
     try:
         found = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _BadRequest(400, "the request is not JSON") from None
     if not isinstance(found, dict):
         raise _BadRequest(400, "the request must be a JSON object")

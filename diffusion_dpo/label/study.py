@@ -68,8 +68,8 @@ class Study:
         """By rater: the items that they see twice."""
         self._log = log
         self._clock = clock
-        self._leases: dict[str, tuple[str, float]] = {}
-        """By item: the rater and until when."""
+        self._leases: dict[str, dict[str, float]] = {}
+        """By item and rater: until when it is kept for them."""
         self._votes: dict[str, dict[str, dict[str, Any]]] = {}
         """By rater and task id: the vote that stands, in order of time."""
         self._raters: dict[str, set[str]] = {}
@@ -89,7 +89,7 @@ class Study:
             if _task_id(item.id, kind) in done:
                 continue
             if kind == "pair":
-                self._leases[item.id] = (rater, now + self.config.lease_seconds)
+                self._leases.setdefault(item.id, {})[rater] = now + self.config.lease_seconds
             upcoming.append(self._make(item, kind, rater))
         return upcoming
 
@@ -143,7 +143,7 @@ class Study:
         del votes[task_id]
         if last["kind"] == "pair":
             self._raters[last["item"]].discard(rater)
-            self._leases[last["item"]] = (rater, self._clock() + self.config.lease_seconds)
+            self._leases.setdefault(last["item"], {})[rater] = self._clock() + self.config.lease_seconds
         return task
 
     def progress(self, rater: str) -> tuple[int, int]:
@@ -191,9 +191,10 @@ class Study:
     def _is_free(self, item: str, rater: str, now: float) -> bool:
         """Whether an item still lacks votes, counting those that others are about to give."""
         voters = self._raters.get(item, set())
-        holder, until = self._leases.get(item, (rater, now))
-        pending = holder != rater and until > now and holder not in voters
-        return rater not in voters and len(voters) + pending < self.config.votes_per_pair
+        if rater in voters:
+            return False
+        pending = sum(until > now for holder, until in self._leases.get(item, {}).items() if holder != rater)
+        return len(voters) + pending < self.config.votes_per_pair
 
     def _chance(self, use: str, item: str, rater: str) -> float:
         return _chance(self.config.seed, use, item, rater)
@@ -218,8 +219,7 @@ class Study:
         self._votes.setdefault(rater, {})[task.id] = event
         if event["kind"] == "pair":
             self._raters.setdefault(item.id, set()).add(rater)
-            if self._leases.get(item.id, ("", 0))[0] == rater:
-                del self._leases[item.id]
+            self._leases.get(item.id, {}).pop(rater, None)
 
     def standing(self) -> list[dict[str, Any]]:
         """Return the votes that stand, in order of time."""

@@ -291,6 +291,27 @@ def test_another_person_at_the_same_browser_does_not_vote_in_the_name_of_the_fir
         assert {event["rater"] for event in log_of(study)} <= {"ann"}
 
 
+def test_a_tab_whose_person_has_left_keeps_the_vote_until_they_are_back(
+    tmp_path: Path, visit: Callable[..., Page]
+) -> None:
+    """Also where one name begins with the other."""
+    with served(tmp_path) as (address, study):
+        page = visit(address)
+        other = page.context.new_page()
+        for name in ("ann b", "ann"):
+            other.goto(f"{address}/name")
+            other.fill("#name", name)
+            other.keyboard.press("Enter")
+            other.wait_for_selector("#pair:not([hidden])")
+            if name == "ann b":
+                page.keyboard.press("1")
+                until(page, "document.getElementById('problem').textContent.includes(\"ann b's turn\")")
+                assert not log_of(study)
+        settled(page, 1)
+        (event,) = log_of(study)
+        assert (event["rater"], event["answer"]) == ("ann", "left")
+
+
 def test_keys_work_without_a_secure_context(tmp_path: Path, visit: Callable[..., Page]) -> None:
     """What a rater on another machine has: over plain HTTP a browser takes some functions away."""
     with served(tmp_path) as (address, _):

@@ -65,7 +65,7 @@ class Rater:
         return self.fetch(f"/image/{name}")
 
     def fetch(self, path: str, data: bytes | None = None) -> bytes:
-        headers = {"Origin": self.server.address}
+        headers = {"Origin": self.server.address, "X-Rater": "simulated"}
         request = urllib.request.Request(self.server.address + path, data=data, headers=headers)
         deadline = time.monotonic() + 60
         while True:

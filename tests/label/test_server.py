@@ -40,6 +40,7 @@ def stranger(study: Study) -> Iterator[TestClient]:
 def rater(stranger: TestClient) -> TestClient:
     assert stranger.get(f"/?token={TOKEN}").status_code == 200
     assert stranger.post("/name", json={"name": "Ann-Marie B."}, headers=ORIGIN).status_code == 200
+    stranger.headers["X-Rater"] = "Ann-Marie%20B."
     return stranger
 
 
@@ -193,3 +194,14 @@ def test_results_show_who_voted(rater: TestClient) -> None:
     vote(rater, rater.get("/next").json()["tasks"][0]["task"])
     page = rater.get("/results").text
     assert "1 vote on 7 pairs" in page and "Ann-Marie B." in page
+
+
+def test_a_page_that_is_drawn_for_somebody_else_neither_votes_nor_takes_back(rater: TestClient, study: Study) -> None:
+    """Which image is on the left depends on who looks: the vote of another tab would be for the other image."""
+    first, second = (task["task"] for task in rater.get("/next").json()["tasks"][:2])
+    assert vote(rater, first).status_code == 200
+    assert rater.post("/name", json={"name": "Bob"}, headers=ORIGIN).status_code == 200  # in a second tab
+    answers = [vote(rater, second), rater.post("/undo", json={"key": "undo-000"}, headers=ORIGIN), rater.get("/next")]
+    assert [(it.status_code, "Bob's turn" in it.json()["error"]) for it in answers] == [(409, True)] * 3
+    assert vote(rater, second, headers={**ORIGIN, "X-Rater": "Bob"}).status_code == 200
+    assert [event["rater"] for event in study.standing()] == ["Ann-Marie B.", "Bob"]

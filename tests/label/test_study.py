@@ -270,3 +270,19 @@ def test_a_public_address_needs_a_token() -> None:
     with pytest.raises(ConfigError, match="token"):
         load(LabelConfig, None, ["token=short"])
     load(LabelConfig, None, ["host=0.0.0.0", "token=sixteen-letters-and-more"])
+
+
+def test_no_more_people_are_given_a_pair_than_it_needs_votes(tmp_path: Path) -> None:
+    study = open_study(make_config(tmp_path, "votes_per_pair=2"))
+    given = [{task.item.id for task in study.tasks(name, 12)} for name in ("ann", "bob", "cleo", "dan")]
+    assert len(given[0]) == len(given[1]) == 12 and not given[2] and not given[3]
+
+
+def test_two_people_may_use_one_key(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "votes_per_pair=2")
+    study = open_study(config)
+    for name in ("ann", "bob"):
+        answer(study, name, study.tasks(name, 1)[0], key="one-and-the-same")
+    study.undo("bob", key="undo-of-bob")
+    assert [event["rater"] for event in study.standing()] == ["ann"]
+    assert open_study(config).standing() == study.standing()
