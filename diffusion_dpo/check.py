@@ -9,10 +9,10 @@ from diffusion_dpo.console import say, warn
 from diffusion_dpo.device import pick_device
 from diffusion_dpo.exporting.adapter import load_single_file
 from diffusion_dpo.exporting.facts import FileFacts, read_facts, shown, shown_metadata, span
-from diffusion_dpo.exporting.lora import Layers, read_layers, text_path
+from diffusion_dpo.exporting.lora import Layers, read_layers, require_complete, text_path
 from diffusion_dpo.exporting.probe import Probe, changes, does_something
 from diffusion_dpo.exporting.source import Base, find_base
-from diffusion_dpo.models.adapters import AdapterKind, add_adapter, find_adapter
+from diffusion_dpo.models.adapters import AdapterKind, add_adapter, find_adapter, refuse_other_interface
 from diffusion_dpo.models.pipeline import load_base, require_family
 from diffusion_dpo.settings import CheckConfig
 
@@ -61,6 +61,8 @@ def _describe_lora(file: Path, facts: FileFacts) -> None:
         f"rank {span(ranks)}"
     )
     _say_metadata(facts)
+    if facts.naming == "transformer":
+        raise ConfigError(f"{file} is for a model with a transformer (Flux, Stable Diffusion 3, ...), not for a UNet")
     if facts.naming == "peft":
         raise ConfigError(
             f"{file} has the names that peft gives to a bare model, without unet. in front: diffusers, ComfyUI and "
@@ -98,22 +100,13 @@ def _check_adapter(config: CheckConfig, kind: AdapterKind, where: Path, facts: F
     if kind == "lora":
         assert facts is not None
         layers = read_layers(pipeline, "adapter")
-        _require_complete(where, facts, layers)
+        require_complete(where, layers)
+        _say_targets(layers)
         _check_alpha(where, facts, layers)
     _say_changes(where, changes(before, probe.ask(pipeline)), base)
 
 
-def _require_complete(file: Path, facts: FileFacts, layers: Layers) -> None:
-    """Raise ConfigError unless every layer of the file found one of the model, with finite weights."""
-    found = sum(len(of_part) for of_part in layers.values())
-    if found < len(facts.ranks):
-        raise ConfigError(
-            f"{len(facts.ranks) - found} of the {len(facts.ranks)} layers of {file} find none in the model"
-        )
-    for part, of_part in layers.items():
-        for path, layer in of_part.items():
-            if not (layer.down.isfinite().all() and layer.up.isfinite().all()):
-                raise ConfigError(f"{file} holds NaN or infinite weights, for {part}.{path}; it is broken")
+def _say_targets(layers: Layers) -> None:
     targets = sorted({path.removesuffix(".0").rpartition(".")[2] for of_part in layers.values() for path in of_part})
     say(f"every layer finds its place; they are on {', '.join(targets)}")
 
@@ -169,13 +162,19 @@ def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:
     pipeline = _load(config, base)
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
-    loaded = load_single_file(pipeline, config.path, base).to(pipeline.device)
+    loaded = load_single_file(type(pipeline), config.path, base).to(pipeline.device)
     _say_changes(config.path, changes(before, probe.ask(loaded)), base)
 
 
 def _check_pipeline(config: CheckConfig, base: Base | None) -> None:
     whole = _load(config, Base(str(config.path)))
     reference = whole if base is None else _load(config, base)
+    if type(whole) is not type(reference):
+        raise ConfigError(
+            f"{config.path} is a {type(whole).__name__} and {config.pretrained} a {type(reference).__name__}: "
+            "they are of different families, and cannot be compared"
+        )
+    refuse_other_interface(whole.unet, reference.unet, str(config.path))
     probe = Probe.of(reference)
     after = probe.ask(whole)
     say(f"{config.path}: a {type(whole).__name__}, whole; it loads and draws")

@@ -13,13 +13,18 @@ import yaml
 
 from diffusion_dpo.card import local_card
 from diffusion_dpo.card.results import read_results
-from diffusion_dpo.card.text import Shown, card_text, is_hub_id
-from diffusion_dpo.config import ConfigError, command, dump, load
+from diffusion_dpo.card.text import Shown, card_text, is_hub_id, public_base
+from diffusion_dpo.config import ConfigError, command, load
 from diffusion_dpo.console import progress, say, warn
+from diffusion_dpo.exporting.facts import read_facts
 from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.adapters import LORA_FILE
 from diffusion_dpo.models.pipeline import POCKET_DIR
-from diffusion_dpo.settings import PushConfig, TrainConfig
+from diffusion_dpo.report.page import flatten
+from diffusion_dpo.report.plots import NAMES
+from diffusion_dpo.sampling import weights_hash
+from diffusion_dpo.settings import ImageModel, PushConfig, TrainConfig
+from diffusion_dpo.yaml_dialect import Dumper
 
 _MAX_PREVIEWS = 4
 _SECRET = ("token", "secret", "password", "api_key", "authorization")
@@ -76,8 +81,10 @@ def _pack(config: PushConfig) -> _Parcel:
     train = load(TrainConfig, config.path / "config.yaml")
     parcel = _Parcel()
     kind = _add_weights(config.path, parcel)
-    kohya = _find_kohya(config)
+    kohya = _find_kohya(config, train)
     if kohya is not None:
+        if kohya.name in parcel.files:
+            raise ConfigError(f"{kohya} has the name of the LoRA itself; rename it")
         parcel.files[kohya.name] = kohya
     previews = _last_previews(config.path)
     parcel.files |= {f"images/{image.name}": image for image in previews}
@@ -90,9 +97,11 @@ def _pack(config: PushConfig) -> _Parcel:
         previews=[f"images/{image.name}" for image in previews],
     )
     parcel.files["README.md"] = _card(config, train, manifest, shown)
-    parcel.files["training_config.yaml"] = yaml.safe_dump(
-        scrub(yaml.safe_load(dump(train))), sort_keys=False, allow_unicode=True
-    ).encode()
+    settings = train.model_dump(mode="json")
+    if "pretrained" in settings["model"]:
+        settings["model"]["pretrained"] = manifest.get("base") or public_base(train)
+    text = yaml.dump(scrub(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
+    parcel.files["training_config.yaml"] = text.encode()
     return parcel
 
 
@@ -107,16 +116,26 @@ def _add_weights(folder: Path, parcel: _Parcel) -> str:
     return "unet"
 
 
-def _find_kohya(config: PushConfig) -> Path | None:
+def _find_kohya(config: PushConfig, train: TrainConfig) -> Path | None:
     where = config.kohya_path or config.path / "kohya"
-    if where.is_file() and where.suffix == ".safetensors":
-        return where
-    found = sorted(where.glob("*.safetensors"))
-    if len(found) == 1:
-        return found[0]
-    if config.kohya_path is not None:
-        raise ConfigError(f"kohya_path {where} should be or hold one .safetensors file; it holds {len(found)}")
-    return None
+    found = [where] if where.is_file() and where.suffix == ".safetensors" else sorted(where.glob("*.safetensors"))
+    if len(found) != 1:
+        if config.kohya_path is not None:
+            raise ConfigError(f"kohya_path {where} should be or hold one .safetensors file; it holds {len(found)}")
+        return None
+    (file,) = found
+    if read_facts(file).naming != "kohya":
+        raise ConfigError(f"{file} is no LoRA in kohya's names; `export format=kohya` makes one, or move it away")
+    made = read_manifest(file.parent)
+    if made.get("made_by") == "export":
+        model = train.model.model_dump(include={"pretrained", "revision", "variant"})
+        weights = weights_hash(ImageModel(**model, adapter_path=config.path))
+        if (made["identity"].get("weights"), made["identity"].get("adapter_scale")) != (weights, 1.0):
+            raise ConfigError(
+                f"{file} was exported from other weights than those of {config.path} now, or at another strength; "
+                "remove its folder and export it again"
+            )
+    return file
 
 
 def _last_previews(folder: Path) -> list[Path]:
@@ -126,7 +145,7 @@ def _last_previews(folder: Path) -> list[Path]:
 
 def _add_report(folder: Path, parcel: _Parcel) -> None:
     folder = folder if folder.is_dir() else folder.parent
-    for file in (folder / "report.md", *sorted((folder / "plots").glob("*.png"))):
+    for file in (folder / "report.md", *(folder / "plots" / name for name in NAMES)):
         if file.is_file():
             parcel.files[f"report/{file.relative_to(folder)}"] = file
 
@@ -136,13 +155,13 @@ def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], show
 
     Raises ConfigError where an edited one names such a path.
     """
-    results = None if config.report_path is None else read_results(config.report_path)
+    results = None if config.report_path is None else read_results(config.report_path, config.path)
     file = config.path / "README.md"
     text = file.read_text(encoding="utf-8") if file.exists() else None
     if text is None or text == local_card(train, shown.kind, facts):
         return card_text(train, facts, shown, results=results).encode()
-    base = str(train.model.model_dump().get("pretrained", ""))
-    for place in (str(Path.home()), str(Path.cwd()), str(POCKET_DIR), base):
+    places = [*(text for _, text in flatten(train.model_dump(mode="json"))), str(config.path.resolve())]
+    for place in (*places, str(Path.home()), str(Path.cwd()), str(POCKET_DIR)):
         if place.startswith("/") and len(place) > 1 and place in text:
             raise ConfigError(
                 f"{file} was edited, or written by another version, and names {place}, a folder of this machine; take "
@@ -155,16 +174,23 @@ def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], show
 def scrub(value: Any, key: str = "") -> Any:
     """Return settings without secrets, and with the last name alone of every path of this machine."""
     if isinstance(value, Mapping):
-        kept = {name: inner for name, inner in value.items() if not any(word in str(name) for word in _SECRET)}
+        kept = {name: inner for name, inner in value.items() if not _is_secret(str(name))}
+        if value.get("type") == "hub":  # whose path is the name of a data set
+            return {name: scrub(inner, "" if name == "path" else str(name)) for name, inner in kept.items()}
         return {name: scrub(inner, str(name)) for name, inner in kept.items()}
     if isinstance(value, list):
         return [scrub(item, key) for item in value]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or key == "prompts":
         return value
-    a_path = key == "path" or key.endswith(("_path", "_dir")) or value.startswith(("/", "~", "./", "../", "file:"))
-    if a_path and not is_hub_id(value):
-        return Path(value).name
-    return value if "://" not in value else value.split("://", 1)[0] + "://..."
+    if "://" in value:
+        return value.split("://", 1)[0] + "://..."
+    by_name = key == "path" or key.endswith(("_path", "_dir"))
+    by_look = "/" in value and not any(letter.isspace() for letter in value) and not is_hub_id(value)
+    return Path(value).name if by_name or by_look or value.startswith(("/", "~")) else value
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.lower().replace("-", "_") for word in _SECRET)
 
 
 # --- sending it ------------------------------------------------------------------------------------------------------
@@ -196,10 +222,11 @@ def _send(config: PushConfig, parcel: _Parcel) -> str:
             api.create_repo(config.repo_id, private=config.private, exist_ok=True)
             api.create_commit(config.repo_id, operations, commit_message="Result of a training run of diffusion-dpo")
             advance(len(operations))
-    except (errors.HTTPError, OSError, ValueError) as error:
-        text = " ".join(str(error).replace(token, "***").split())[:300]
+    except (errors.HTTPError, OSError, ValueError, RuntimeError) as error:  # the last where a large file is refused
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        text = " ".join(str(reason).replace(token, "***").split())[:300]
         raise ConfigError(
-            f"the hub did not take it: {text.rstrip('.')}. Nothing but an empty repository can be there; the same "
+            f"the hub did not take it: {text.rstrip('.')}. Nothing of this was added to the repository; the same "
             "command tries again"
         ) from error
     url = f"{api.endpoint}/{config.repo_id}"

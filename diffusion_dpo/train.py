@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from diffusion_dpo import card, interrupt
+from diffusion_dpo.card.text import public_base
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PairSource, collect
@@ -113,6 +114,7 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
             "num_pairs": len(data) - num_held_out,
             "num_held_out": num_held_out,
             "drops": data.drops,
+            "base": public_base(config),
             "labelled_by": source.labelled_by(),
             "lineage": sorted(source.lineage),
             "prompt_hashes": _prompt_hashes(data.prompt_keys),

@@ -33,6 +33,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         self.hub.calls.append(("PUT", self.path))
+        for part, status in self.hub.fails.items():
+            if part in self.path:
+                self._answer({"error": f"no: Bearer {TOKEN}"}, status)
+                return
         self.hub.large[self.path.rpartition("/")[2]] = self._body()
         self._answer({})
 

@@ -92,15 +92,22 @@ def test_every_objective_names_its_paper() -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_results_come_with_their_intervals(version: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     numbers = {"mean_difference": 0.25, "mean_difference_interval": [0.1, 0.4], "win_rate": 0.61}
     entry = {"name": "clip|x", "role": "held_out", "win_rate_interval": [0.55, 0.67], **numbers}
     if version == 2:
-        others = [{**entry, "model": "b"}, {**entry, "model": "a", "category": "People"}]
-        report: dict[str, Any] = {"results": [{**entry, "model": "a", "category": "", "p_holm": 0.004}, *others]}
+        others = [
+            {**entry, "model": "b", "win_rate": 0.9},
+            {**entry, "model": "a", "category": "People"},
+            {**entry, "model": "a", "auxiliary": True},
+        ]
+        report: dict[str, Any] = {"results": [*others, {**entry, "model": "a", "category": "", "p_holm": 0.004}]}
+        report["made_with"] = {"models": {"b": {"adapter_path": "elsewhere"}, "a": {"adapter_path": str(run)}}}
+        report["baseline"] = {"description": "a base"}
     else:
         report = {"metrics": [entry, {"name": "nothing", "role": "held_out", "win_rate": None}]}
     (tmp_path / "report.json").write_text(json.dumps({"num_prompts": 50, "seeds_per_prompt": 2, **report}))
-    results = read_results(tmp_path)
+    results = read_results(tmp_path, run)
     text = card_text(config(), FACTS, LOCAL, results=results)
     p = " 0.004 |" if version == 2 else "  |"
     assert f"| clip\\|x | held out | 61.0% (55.0% to 67.0%) | +0.25 (+0.1 to +0.4) |{p}" in text
@@ -114,7 +121,24 @@ def test_results_come_with_their_intervals(version: int, tmp_path: Path) -> None
 def test_a_report_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(ConfigError, match=r"is not the report\.json of a comparison"):
-        read_results(tmp_path)
+        read_results(tmp_path, tmp_path / "run")
+
+
+def test_a_report_of_other_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+
+    def read(**models: str | None) -> None:
+        results = [{"name": "clip", "role": "held_out", "model": name, "category": ""} for name in models]
+        made_with = {"models": {name: {"adapter_path": path} for name, path in models.items()}}
+        report = {"num_prompts": 9, "seeds_per_prompt": 1, "results": results, "made_with": made_with}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        read_results(tmp_path, tmp_path / "run")
+
+    read(tuned=str(tmp_path / "run" / "adapter"))
+    read(tuned=str(tmp_path / "run-before-it-was-moved"))
+    for others in ({"a": str(tmp_path / "other")}, {"a": None, "b": None}):
+        with pytest.raises(ConfigError, match=r"does not say which one .*run is"):
+            read(**others)
 
 
 def test_the_same_run_gives_the_same_card_and_says_how_to_load_it() -> None:

@@ -24,6 +24,7 @@ from diffusion_dpo import export
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.exporting import adapter as exporting
+from diffusion_dpo.exporting.facts import read_facts
 from diffusion_dpo.exporting.lora import as_kohya
 from diffusion_dpo.files import alone_in
 from diffusion_dpo.models.pipeline import POCKET_DIR
@@ -201,7 +202,7 @@ def test_dora_stays_itself_or_is_merged_and_is_refused_by_name(
     made: Callable[[str, str], Made], tmp_path: Path
 ) -> None:
     model = made("sd", "dora")
-    with pytest.raises(ConfigError, match=r"a DoRA \(unet\..*format=merged or single_file keeps"):
+    with pytest.raises(ConfigError, match=r"a DoRA \(unet\..*a DoRA can be merged"):
         run(model, tmp_path / "kohya", "format=kohya")
     assert nothing_left(tmp_path / "kohya")
     for format_ in ("diffusers", "merged"):
@@ -259,18 +260,68 @@ def test_a_file_with_the_wrong_alpha_is_not_kept(
     assert nothing_left(tmp_path / "out")
 
 
+@pytest.mark.parametrize("format_", ["merged", "single_file"])
+def test_a_lora_that_is_merged_wrongly_is_not_kept(
+    made: Callable[[str, str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_: str
+) -> None:
+    """What is written is then what is in memory; it has to be compared with what was there before."""
+    fuse = StableDiffusionPipeline.fuse_lora
+    monkeypatch.setattr(StableDiffusionPipeline, "fuse_lora", lambda *a, **kw: fuse(*a, **kw, lora_scale=0.25))
+    for dtype in ("fp32", "fp16"):
+        with pytest.raises(ConfigError, match=r"merged, this is not the same model: the unet is off by"):
+            run(made("sd", "plain"), tmp_path / "out", f"format={format_}", f"dtype={dtype}")
+        assert nothing_left(tmp_path / "out")
+
+
+def test_a_layer_that_the_model_does_not_have_is_no_loss_in_silence(
+    made: Callable[[str, str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made("sd", "all")
+    file = tmp_path / "more" / "pytorch_lora_weights.safetensors"
+    file.parent.mkdir()
+    with safe_open(model.folder / file.name, framework="pt") as source:
+        weights, header = {key: source.get_tensor(key) for key in source.keys()}, source.metadata()  # noqa: SIM118
+    first = next(key for key in weights if key.startswith("text_encoder.") and "lora_A" in key)
+    for name in (first, first.replace("lora_A", "lora_B")):
+        weights[name.replace("layers.0", "layers.77")] = weights[name].clone()
+    save_file(weights, file, metadata=header)
+    arguments = [f"adapter_path={file}", f"pretrained={model.base}", f"output_dir={tmp_path / 'out'}"]
+    assert main(["export", "format=kohya", *arguments]) == 2
+    assert "1 of the" in (text := capsys.readouterr().err) and "find none in the model" in text
+    assert nothing_left(tmp_path / "out")
+
+
+def test_a_lora_of_the_text_encoder_alone_can_be_merged(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = Made(bases["sd"], tmp_path / "lora", lora("to_q", init_lora_weights=True), lora(*TEXT))
+    file = model.folder / "pytorch_lora_weights.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if key.startswith("text_")}, file)
+    run(model, tmp_path / "out", "format=merged")
+    facts = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert facts["changes"]["text_encoder"] > 0.01 > facts["changes"]["unet"]  # which is rounded, like all of it
+
+
+def test_a_lora_with_biases_is_kept_as_it_is_or_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = Made(bases["sd"], tmp_path / "lora", lora(*ATTENTION, lora_bias=True))
+    out = run(model, tmp_path / "out", "format=diffusers", "dtype=fp32")
+    assert np.abs(image(load_plainly(model, out, "diffusers")) - model.after).max() <= 1
+    for format_ in ("merged", "kohya"):
+        with pytest.raises(ConfigError, match=r"format=diffusers keeps it as it is"):
+            run(model, tmp_path / format_, f"format={format_}")
+        assert nothing_left(tmp_path / format_)
+
+
 def test_an_adapter_that_rounding_would_drown_is_not_merged(
     made: Callable[[str, str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = made("sd", "plain")
     weak = "adapter_scale=0.0005"
-    with pytest.raises(ConfigError, match=r"rounding the weights to fp16 moves the UNet by .* use dtype=fp32"):
+    with pytest.raises(ConfigError, match=r"rounding the weights to fp16 moves the unet by .* use dtype=fp32"):
         run(model, tmp_path / "half", "format=merged", weak)
     assert nothing_left(tmp_path / "half")
     run(model, tmp_path / "full", "format=merged", weak, "dtype=fp32")
     run(model, tmp_path / "lora", "format=kohya", weak)
     run(model, tmp_path / "less", "format=merged", "adapter_scale=0.003")
-    assert "warning: rounding the weights to fp16 moves the UNet by" in capsys.readouterr().out
+    assert "warning: rounding the weights to fp16 moves the unet by" in capsys.readouterr().out
 
 
 def test_an_adapter_that_does_nothing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -318,6 +369,32 @@ def test_a_full_disk_leaves_nothing_behind(
     assert main(["export", "format=kohya", *arguments]) == 2
     assert "no space left on the disk" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == [".lock"] if there_before else nothing_left(out)
+
+
+def test_a_disk_that_is_full_at_the_very_end_leaves_nothing_and_the_same_command_works(
+    made: Callable[[str, str], Made], tmp_path: Path
+) -> None:
+    model, out = made("sd", "plain"), tmp_path / "out"
+    out.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(exporting, "finish", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(model, out, "format=kohya")
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    run(model, out, "format=kohya")
+    assert (out / "sd-plain.safetensors").exists()
+
+
+def test_a_file_that_was_moved_away_is_made_again(made: Callable[[str, str], Made], tmp_path: Path) -> None:
+    model, out = made("sd", "plain"), tmp_path / "out"
+    run(model, out, "format=kohya")
+    before = (out / "sd-plain.safetensors").rename(tmp_path / "mine.safetensors").read_bytes()
+    run(model, out, "format=kohya")
+    assert (out / "sd-plain.safetensors").read_bytes() == before
 
 
 def test_a_rerun_finds_it_there_and_another_is_refused(
@@ -456,3 +533,27 @@ def test_check_answers_a_broken_file_in_a_sentence(
     code, text = check(file, capsys, "pretrained=pocket")
     assert code == 2 and says in text and "Traceback" not in text and "\x1b" not in text
     assert main(["export", "--check", str(tmp_path / "nothing")]) == 2
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_length_that_begins_as_a_pickle_does_is_no_pickle(length: int, tmp_path: Path) -> None:
+    """The first bytes of a file are the length of its header: one of 0x0280 begins with the bytes 80 02."""
+    text = json.dumps({"x": ENTRY}).encode().ljust(length)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", length) + text + b"1234")
+    assert read_facts(tmp_path / "x.safetensors").shapes == {"x": (1,)}
+
+
+def test_check_names_another_family(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, text = check(bases["sd"], capsys, f"pretrained={bases['xl']}")
+    assert code == 2 and "they are of different families" in text
+    file = tmp_path / "flux.safetensors"
+    save_file({f"transformer.blocks.0.to_q.lora_{it}.weight": torch.ones(2, 2) for it in "AB"}, file)
+    code, text = check(file, capsys, f"pretrained={bases['sd']}")
+    assert code == 2 and "is for a model with a transformer" in text
+    pipeline = StableDiffusionPipeline.from_pretrained(bases["sd"])
+    pipeline.unet.conv_out.weight.data.fill_(torch.nan)
+    pipeline.unet.save_pretrained(tmp_path / "unet")
+    code, text = check(tmp_path / "unet", capsys, f"pretrained={bases['sd']}")
+    assert code == 2 and "the unet computes NaN" in text

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusion_dpo import card
 from diffusion_dpo.cli import main
@@ -75,12 +77,15 @@ SENT = {
 
 def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) -> None:
     (run_dir / "kohya").mkdir()
-    (run_dir / "kohya" / "mine.safetensors").write_bytes(b"kohya" * 100)
+    kohya = run_dir / "kohya" / "mine.safetensors"
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, kohya)
+    sent = kohya.read_bytes()
     report = run_dir.parent / "compare"
     report.mkdir()
     (report / "report.md").write_text("# numbers")
     (report / "plots").mkdir()
     (report / "plots" / "metrics.png").write_bytes(b"a plot")
+    (report / "plots" / "somebody.png").write_bytes(b"a private photograph")
     result = {"name": "pickscore", "model": "after", "category": "", "role": "trained_on", "win_rate": 0.61}
     write_json(report / "report.json", {"schema_version": 2, "num_prompts": 9, "results": [result]})
     settings = ["repo_id=me/mine", f"endpoint={hub.url}", f"report_path={report}", "dry_run=false"]
@@ -88,9 +93,7 @@ def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) ->
     assert code == 0 and f"sent: {hub.url}/me/mine" in text, text
     files = hub.files["me/mine"]
     assert files.keys() == SENT and hub.private == {"me/mine": True}
-    assert (
-        files["pytorch_lora_weights.safetensors"] == b"weights" * 100 and files["mine.safetensors"] == b"kohya" * 100
-    )
+    assert files["pytorch_lora_weights.safetensors"] == b"weights" * 100 and files["mine.safetensors"] == sent
     assert files["images/00.png"] == (run_dir / "previews" / "step-00000200" / "00.png").read_bytes()
     everything = b"".join(files.values()).decode(errors="replace")
     assert "secret-home" not in everything and str(run_dir.parent.parent) not in everything
@@ -117,7 +120,7 @@ def test_without_a_token_it_says_how_to_get_one(run_dir: Path, hub: Hub) -> None
     assert code == 2 and "there is no token for the hub; run `hf auth login`" in text and hub.calls == []
 
 
-@pytest.mark.parametrize(("address", "status"), [("/api/repos/create", 403), ("/commit/", 400)])
+@pytest.mark.parametrize(("address", "status"), [("/api/repos/create", 403), ("/commit/", 400), ("/large/", 403)])
 def test_a_refusal_is_one_sentence_without_the_token(run_dir: Path, hub: Hub, address: str, status: int) -> None:
     hub.fails[address] = status
     code, text = push(run_dir, "repo_id=me/mine", f"endpoint={hub.url}", "dry_run=false")
@@ -131,9 +134,25 @@ def test_an_edited_card_is_sent_as_it_is(run_dir: Path, capsys: pytest.CaptureFi
     assert main(["push", f"path={run_dir}"]) == 0
     out = capsys.readouterr().out
     assert "was edited, or written by another version" in out and "12 B  README.md" in out
-    (run_dir / "README.md").write_text(f"made from {run_dir.parent}/base")
+    for place in (run_dir.parent / "base", run_dir, run_dir.parent / "pairs"):
+        (run_dir / "README.md").write_text(f"made from {place}")
+        assert main(["push", f"path={run_dir}"]) == 2
+        assert f"names {place}, a folder of this machine" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_the_lora_in_kohyas_names_is_not_sent(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "kohya").mkdir()
+    save_file({"unet.x.lora_A.weight": torch.ones(2, 3)}, run_dir / "kohya" / "pytorch_lora_weights.safetensors")
     assert main(["push", f"path={run_dir}"]) == 2
-    assert f"names {run_dir.parent}/base, a folder of this machine" in capsys.readouterr().err
+    assert "is no LoRA in kohya's names" in capsys.readouterr().err
+    (run_dir / "kohya" / "pytorch_lora_weights.safetensors").unlink()
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, run_dir / "kohya" / "mine.safetensors")
+    identity = {"weights": "those of before it was trained further", "adapter_scale": 1.0}
+    write_json(run_dir / "kohya" / "manifest.json", {"made_by": "export", "complete": True, "identity": identity})
+    assert main(["push", f"path={run_dir}"]) == 2
+    assert "was exported from other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -166,12 +185,26 @@ def test_settings_keep_no_path_and_no_secret() -> None:
         "hub": "owner/name",
         "cache_dir": "~/cache",
         "api_key": "x",
+        "headers": {"Authorization": "Bearer x", "X-API-KEY": "x"},
+        "output_dir": "clients/acme",
+        "adapter_path": "x/y",
+        "base": "models/private/base",
+        "data": {"type": "hub", "path": "owner/name"},
+        "pairs": {"type": "pairs", "path": "clients/acme"},
+        "prompts": ["a/b", "cat and/or dog", "/a"],
         "scorers": [{"type": "http", "url": "https://me:pw@host/x", "path": "/a/b.txt", "num": 3}],
     }
     after = {
         "pretrained": "base",
         "hub": "owner/name",
         "cache_dir": "cache",
+        "headers": {},
+        "output_dir": "acme",
+        "adapter_path": "y",
+        "base": "base",
+        "data": {"type": "hub", "path": "owner/name"},
+        "pairs": {"type": "pairs", "path": "acme"},
+        "prompts": ["a/b", "cat and/or dog", "/a"],
         "scorers": [{"type": "http", "url": "https://...", "path": "b.txt", "num": 3}],
     }
     assert scrub(before) == after

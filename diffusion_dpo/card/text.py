@@ -66,7 +66,7 @@ def card_text(
     next_command: str | None = None,
 ) -> str:
     """Return the card as Markdown with YAML front matter; `facts` are those of the run's manifest."""
-    base = public_base(config)
+    base = str(facts.get("base") or public_base(config))
     is_lora = shown.kind == "adapter"
     name = config.output_dir.name if shown.repo_id is None else shown.repo_id.rpartition("/")[2]
     what = "a LoRA of it" if is_lora else "its UNet, fully fine-tuned"
@@ -93,13 +93,13 @@ def plain(text: object) -> str:
 
 
 def public_base(config: TrainConfig) -> str:
-    """Return the base's hub id; of a local folder its name alone."""
+    """Return the base's hub id; of a local folder its name alone. Training notes it, where it knows which it is."""
     base = str(config.model.model_dump().get("pretrained", config.model.type))
     return base if is_hub_id(base) or base == "pocket" else Path(base).name
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is `owner/name` on the hub rather than a folder here."""
+    """Whether a name is `owner/name` on the hub rather than a folder here, seen from where we are."""
     return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
@@ -107,7 +107,7 @@ def _front_matter(config: TrainConfig, base: str, shown: Shown, *, is_lora: bool
     entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base in _LICENCES:
         entries["license"] = _LICENCES[base]
-    if is_hub_id(base):
+    if _HUB_ID.fullmatch(base):
         entries["base_model"] = base
         entries["base_model_relation"] = "adapter" if is_lora else "finetune"
     kind = "lora" if is_lora else "full-fine-tuning"
@@ -171,8 +171,8 @@ def _results(results: Results | None, next_command: str | None) -> str:
     rows = "\n".join(map(_row, results.metrics))
     return f"""## Results
 
-Against the base, on {results.num_prompts} prompts x {results.seeds_per_prompt} seeds with the same noise; 95 % \
-intervals over prompts. A metric
+Against {plain(results.baseline)}, on {results.num_prompts} prompts x {results.seeds_per_prompt} seeds with the \
+same noise; 95 % intervals over prompts. A metric
 that labelled the training pairs is expected to rise; the held-out ones are the evidence.
 
 | metric | role | win rate | mean difference | p (Holm) |

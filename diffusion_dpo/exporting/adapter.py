@@ -1,6 +1,7 @@
 """A tuned model -> files that other programs load, each loaded back by diffusers and compared before it is kept."""
 
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -20,11 +21,19 @@ from diffusion_dpo.exporting.header import (
     model_header,
     write_safetensors,
 )
-from diffusion_dpo.exporting.lora import PARTS, Layers, as_diffusers, as_kohya, read_layers
-from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something
+from diffusion_dpo.exporting.lora import (
+    PARTS,
+    Layers,
+    as_diffusers,
+    as_kohya,
+    common_alpha,
+    read_layers,
+    require_complete,
+)
+from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
-from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
+from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, find_adapter, quiet
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
 from diffusion_dpo.sampling import weights_hash
 from diffusion_dpo.settings import ExportConfig, ImageModel
@@ -71,7 +80,8 @@ def export_adapter(config: ExportConfig) -> Path:
     identity = _identity(config, base)
     is_new = not config.output_dir.exists()
     with claim(config.output_dir, "export", identity) as before:
-        if before.get("complete"):
+        if before.get("complete") and all((config.output_dir / file).exists() for file in before["files"]):
+            name = before["name"]
             say(f"export: {config.output_dir} holds this already, verified")
         else:
             with _clean(config.output_dir, is_new=is_new):
@@ -89,6 +99,7 @@ def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
         "adapter_scale": config.adapter_scale,
         "pretrained": base.pretrained,
         "revision": base.revision,
+        "variant": base.variant,
         "weights": weights_hash(model.model_copy(update={"adapter_path": config.adapter_path})),
     }
 
@@ -96,24 +107,30 @@ def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
 @contextmanager
 def _clean(folder: Path, *, is_new: bool) -> Iterator[None]:
     """Leave nothing behind of an export that failed: neither a file nor a folder that was not there before."""
+    before = set(folder.iterdir())
     try:
         yield
     except BaseException:
         if is_new:
             shutil.rmtree(folder)
         else:
-            _clear_staging(folder)
-            (folder / MANIFEST).unlink()
+            for path in set(folder.iterdir()) - before:
+                _remove(path)
+            if before <= {folder / MANIFEST, folder / ".lock"}:  # otherwise the same command has to find its own
+                (folder / MANIFEST).unlink()
         raise
 
 
-def _clear_staging(folder: Path) -> None:
-    for left in folder.glob(".staging-*"):
-        shutil.rmtree(left)
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
-    _clear_staging(config.output_dir)  # of a run that was killed
+    for left in config.output_dir.glob(".staging-*"):  # of a run that was killed
+        shutil.rmtree(left)
     staging = config.output_dir / f".staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
     device = pick_device(config.device)
@@ -127,10 +144,11 @@ def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dic
         advance(1, "the adapter")
         with quiet():
             _write(config, pipeline, tuned.layers, staging, name, base)
+        family = type(pipeline)
         del pipeline  # so that there is never more than one model in memory
         advance(1, "written")
         with quiet():
-            again = _load_back(config, base, staging, name, device)
+            again = _load_back(config, base, family, staging, name, device)
         found = tuned.probe.ask(again)
         rounded = config.dtype == "fp16" and config.format in LORA_FORMATS
         wrong = difference(tuned.base, tuned.expected, found, tolerance=_TOLERANCE_FP16 if rounded else _TOLERANCE)
@@ -143,8 +161,9 @@ def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dic
         advance(1, "verified")
     moved, off = changes(tuned.base, tuned.expected), changes(tuned.expected, found)
     _say_verified(moved, off)
+    files = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     _move_in(staging, config.output_dir)
-    return {"changes": moved, "differences": off}
+    return {"files": files, "changes": moved, "differences": off}
 
 
 def _move_in(staging: Path, folder: Path) -> None:
@@ -152,9 +171,11 @@ def _move_in(staging: Path, folder: Path) -> None:
     for path in sorted(staging.rglob("*")):
         if path.is_file():
             fsync_file(path)
+        else:
+            fsync_folder(path)
     for path in sorted(staging.iterdir()):
         if (folder / path.name).is_dir():  # of a run that was killed here
-            shutil.rmtree(folder / path.name)
+            _remove(folder / path.name)
         os.replace(path, folder / path.name)
     staging.rmdir()
     fsync_folder(folder)
@@ -175,13 +196,17 @@ def _tune(config: ExportConfig, pipeline: "DiffusionPipeline") -> _Tuned:
     probe = Probe.of(pipeline)
     base = probe.ask(pipeline)
     add_adapter(pipeline, config.adapter_path, scale=config.adapter_scale)
+    kind, where = find_adapter(config.adapter_path)
+    layers = read_layers(pipeline, "adapter")
+    if kind == "lora":
+        require_complete(where, layers)
     expected = probe.ask(pipeline)
     if not does_something(changes(base, expected)):
         raise ConfigError(
             f"{config.adapter_path} does nothing: with it, the model computes the same as without (adapter_scale="
             f"{config.adapter_scale:g}). Was it saved before training, or was the learning rate too low?"
         )
-    return _Tuned(probe, base, expected, read_layers(pipeline, "adapter"))
+    return _Tuned(probe, base, expected, layers)
 
 
 def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "DiffusionPipeline", tuned: _Tuned) -> _Tuned:
@@ -192,22 +217,34 @@ def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "Diffus
     import torch
 
     if kind == "lora":
-        pipeline.fuse_lora(components=list(tuned.layers))
-        pipeline.unload_lora_weights()
+        _merge(pipeline, tuned)
     if config.dtype == "fp32":
-        return replace(tuned, expected=tuned.probe.ask(pipeline))
+        return tuned
     for dtype in (_dtype(config), torch.float32):
         _cast(pipeline, dtype)
     rounded = tuned.probe.ask(pipeline)
-    share = changes(tuned.expected, rounded)["unet"] / max(changes(tuned.base, tuned.expected)["unet"], 1e-12)
+    effect, off = changes(tuned.base, tuned.expected), changes(tuned.expected, rounded)
+    share, part = max((off[part] / effect[part], part) for part in networks_changed(effect))
+    moves = f"rounding the weights to fp16 moves the {part.replace('_', ' ')} by {share:.0%} of what the adapter does"
     if share > _ROUNDING_TO_REFUSE:
-        raise ConfigError(
-            f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; use dtype=fp32, or "
-            "format=kohya or diffusers, which keep the adapter apart"
-        )
+        raise ConfigError(f"{moves}; use dtype=fp32, or format=kohya or diffusers, which keep the adapter apart")
     if share > _ROUNDING_TO_MENTION:
-        warn(f"rounding the weights to fp16 moves the UNet by {share:.0%} of what the adapter does; see dtype=fp32")
+        warn(f"{moves}; see dtype=fp32")
     return replace(tuned, expected=rounded)
+
+
+def _merge(pipeline: "DiffusionPipeline", tuned: _Tuned) -> None:
+    """Add the LoRA into the weights; raises ConfigError where that cannot be, or gives another model."""
+    try:
+        pipeline.fuse_lora(components=list(tuned.layers))
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"this LoRA cannot be merged: {first_sentence(error)}. format=diffusers keeps it as it is"
+        ) from error
+    pipeline.unload_lora_weights()
+    wrong = difference(tuned.base, tuned.expected, tuned.probe.ask(pipeline), tolerance=_TOLERANCE)
+    if wrong is not None:
+        raise ConfigError(f"with its LoRA merged, this is not the same model: {wrong}. Nothing was kept")
 
 
 def _cast(pipeline: "DiffusionPipeline", dtype: "torch.dtype") -> None:
@@ -227,7 +264,12 @@ def _write(
     dtype = _dtype(config)
     if config.format in LORA_FORMATS:
         header = model_header(pipeline, name, lora=True)
-        header |= kohya_header(pipeline, layers, name=name, base=_public_name(base.pretrained))
+        every = [layer for of_part in layers.values() for layer in of_part.values()]
+        alphas = [layer.alpha for layer in every]
+        if config.format == "kohya":
+            alphas = [common_alpha(of_part) for of_part in layers.values()]
+        ranks = [layer.rank for layer in every]
+        header |= kohya_header(pipeline, ranks, alphas, name=name, base=_public_name(base.pretrained))
         if config.format == "kohya":
             weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")
             write_safetensors(staging / f"{name}.safetensors", weights, header)
@@ -244,20 +286,25 @@ def _write(
 
 
 def _load_back(
-    config: ExportConfig, base: Base, staging: Path, name: str, device: "torch.device"
+    config: ExportConfig,
+    base: Base,
+    family: type["DiffusionPipeline"],
+    staging: Path,
+    name: str,
+    device: "torch.device",
 ) -> "DiffusionPipeline":
     """Load what was written as a user of plain diffusers would, into a fresh pipeline."""
     import torch
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
-    fresh = _load(base, device)
     try:
         if config.format == "merged":
             fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
         elif config.format == "single_file":
-            fresh = load_single_file(fresh, staging / f"{name}.safetensors", base)
+            fresh = load_single_file(family, staging / f"{name}.safetensors", base)
         else:
+            fresh = _load(base, device)
             file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
             fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
@@ -269,8 +316,8 @@ def _load_back(
     return fresh.to(device)
 
 
-def load_single_file(like: "DiffusionPipeline", file: Path, base: Base) -> "DiffusionPipeline":
-    """Load a checkpoint in the original layout, of the family and with the settings of a base, in float32.
+def load_single_file(family: type["DiffusionPipeline"], file: Path, base: Base) -> "DiffusionPipeline":
+    """Load a checkpoint in the original layout, of a family and with the settings of a base, in float32.
 
     Raises ConfigError when diffusers cannot.
     """
@@ -279,13 +326,11 @@ def load_single_file(like: "DiffusionPipeline", file: Path, base: Base) -> "Diff
 
     try:
         with quiet():
-            loaded = type(like).from_single_file(
+            loaded = family.from_single_file(
                 str(file), config=_folder(base), local_files_only=True, dtype=torch.float32
             )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise ConfigError(
-            f"diffusers cannot load {file} as a {type(like).__name__}: {first_sentence(error)}"
-        ) from error
+        raise ConfigError(f"diffusers cannot load {file} as a {family.__name__}: {first_sentence(error)}") from error
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -333,5 +378,6 @@ def _say_how_to_use(config: ExportConfig, base: Base, name: str) -> None:
         say(f"{config.format}: {config.output_dir}")
     if config.format != "merged":
         path = config.output_dir / LORA_FILE if config.format == "diffusers" else file
-        check = command("export", {"pretrained": base.pretrained})
-        say(f"next: {check.replace('export', f'export --check {path}', 1)}")
+        settings = {"pretrained": base.pretrained, "revision": base.revision, "variant": base.variant}
+        line = command("export", {key: value for key, value in settings.items() if value is not None})
+        say(f"next: {line.replace('export', f'export --check {shlex.quote(str(path))}', 1)}")

@@ -20,6 +20,8 @@ _DOWN = (
     ".lora_linear_layer.down.weight",
 )
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_OF_A_TRANSFORMER = ("transformer.", "lora_transformer_", "diffusion_model.double_blocks.", "diffusion_model.joint_")
+_OF_A_BARE_UNET = ("base_model.", "conv_", "time_embedding.", "down_blocks.", "mid_block.", "up_blocks.")
 _SHOWN_METADATA = ("ss_", "modelspec.")
 _MAX_SHOWN = 80
 
@@ -43,13 +45,15 @@ class FileFacts:
 
     @property
     def naming(self) -> str:
-        """Whose names a LoRA's layers have."""
+        """Whose names a LoRA's layers have; peft's are of a bare UNet, a transformer's of Flux or SD 3."""
         downs = [key for key in self.shapes if key.endswith(_DOWN)]
         if all(key.startswith(("lora_unet_", "lora_te")) for key in downs):
             return "kohya"
         if all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in downs):
             return "diffusers"
-        return "peft" if all(key.endswith(".lora_A.weight") for key in downs) else "unknown"
+        if all(key.startswith(_OF_A_TRANSFORMER) for key in downs):
+            return "transformer"
+        return "peft" if all(key.startswith(_OF_A_BARE_UNET) for key in downs) else "unknown"
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -106,7 +110,8 @@ def _refuse_other_kinds(file: Path, head: bytes) -> None:
         raise ConfigError(
             f"{file} is a git-lfs pointer, not the model; run `git lfs pull`, or download it from the hub"
         )
-    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    is_header = head[8:9] == b"{"  # after a length that may begin with any two bytes
+    if not is_header and head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ConfigError(
             f"{file} is a pickle of torch.save, which can run any program when it is loaded; only safetensors are read"
         )

@@ -7,11 +7,11 @@ the files lay: the same export is the same bytes.
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_dpo.exporting.lora import Layers, common_alpha, whole
+from diffusion_dpo.exporting.lora import whole
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,16 +50,17 @@ def model_header(pipeline: "DiffusionPipeline", title: str, *, lora: bool) -> di
     }
 
 
-def kohya_header(pipeline: "DiffusionPipeline", layers: Layers, *, name: str, base: str) -> dict[str, str]:
+def kohya_header(
+    pipeline: "DiffusionPipeline", ranks: Sequence[int], alphas: Sequence[float], *, name: str, base: str
+) -> dict[str, str]:
     """Return the `ss_*` entries of a LoRA; a rank or alpha that differs between layers is "Dynamic"."""
-    every = [layer for of_part in layers.values() for layer in of_part.values()]
     kind = generation(pipeline)
     predicts_v = pipeline.scheduler.config.get("prediction_type") == "v_prediction"
     version = "sdxl_base_v1-0" if kind == "xl" else f"sd_{kind}" + ("_v" if predicts_v else "")
     return {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": _one([layer.rank for layer in every]),
-        "ss_network_alpha": _one([whole(common_alpha(of_part)) for of_part in layers.values()]),
+        "ss_network_dim": _one(ranks),
+        "ss_network_alpha": _one([whole(alpha) for alpha in alphas]),
         "ss_base_model_version": version,
         "ss_v2": str(kind == "v2"),
         "ss_output_name": name,
@@ -92,5 +93,5 @@ def lora_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
 
 
-def _one(values: list[Any]) -> str:
+def _one(values: Sequence[Any]) -> str:
     return str(values[0]) if len(set(values)) == 1 else "Dynamic"

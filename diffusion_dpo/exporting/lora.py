@@ -11,9 +11,11 @@ drops it, and takes the most frequent one instead.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.exporting.facts import read_facts
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +80,21 @@ def _read(module: Any, name: str) -> LoraWeights:
     )
 
 
+def require_complete(file: Path, layers: Layers) -> None:
+    """Raise ConfigError unless every layer of a LoRA file found one of the model, with finite weights."""
+    num_found = sum(len(of_part) for of_part in layers.values())
+    num_there = len(read_facts(file).ranks)
+    if num_found < num_there:
+        raise ConfigError(
+            f"{num_there - num_found} of the {num_there} layers of {file} find none in the model; was it trained on "
+            "another one?"
+        )
+    for part, of_part in layers.items():
+        for path, layer in of_part.items():
+            if not (layer.down.isfinite().all() and layer.up.isfinite().all()):
+                raise ConfigError(f"{file} holds NaN or infinite weights, for {part}.{path}; it is broken")
+
+
 def as_diffusers(layers: Layers, dtype: "torch.dtype") -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return the weights as diffusers names them, and peft's settings of every part, as `lora_adapter_metadata` is."""
     weights: dict[str, Tensor] = {}
@@ -128,7 +145,7 @@ def as_kohya(layers: Layers, dtype: "torch.dtype", *, two_encoders: bool) -> dic
                 what = "a DoRA" if layer.magnitude is not None else "a LoRA with biases"
                 raise ConfigError(
                     f"this is {what} ({part}.{path}), which programs that read kohya's names do not compute as peft "
-                    "does; format=merged or single_file keeps what it does, format=diffusers keeps it as it is"
+                    "does; format=diffusers keeps it as it is, and a DoRA can be merged (format=merged, single_file)"
                 )
             whole_path = path if part == "unet" else text_path(path)
             key = f"{prefixes.get(part, 'lora_te2')}_{whole_path.replace('.', '_')}"

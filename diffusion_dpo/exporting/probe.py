@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.sampling import DrawRequest, draw, resolution_px
 from diffusion_dpo.settings import Sampling
 
@@ -55,11 +56,15 @@ class Probe:
         return cls(latents, torch.tensor([round(level * last) for level in _NOISE_LEVELS]), conditioning, side)
 
     def ask(self, pipeline: "DiffusionPipeline") -> dict[str, "Tensor"]:
-        """Return a pipeline's answers; it computes in its own number format."""
+        """Return a pipeline's answers; it computes in its own number format. Raises ConfigError where one is NaN."""
         import torch
 
         with torch.backends.cudnn.flags(allow_tf32=False):  # which rounds as much as a small adapter changes
-            return self._ask(pipeline)
+            answers = self._ask(pipeline)
+        for part, answer in answers.items():
+            if not answer.isfinite().all():
+                raise ConfigError(f"the {part.replace('_', ' ')} computes NaN or infinity: its weights are broken")
+        return answers
 
     def _ask(self, pipeline: "DiffusionPipeline") -> dict[str, "Tensor"]:
         import numpy as np
@@ -93,9 +98,14 @@ def changes(before: Answers, after: Answers) -> dict[str, float]:
     return moved
 
 
+def networks_changed(moved: Mapping[str, float]) -> list[str]:
+    """Return the networks that changed by so much that losing the change would be seen."""
+    return [part for part, change in moved.items() if part != "image" and change > _NOTHING]
+
+
 def does_something(moved: Mapping[str, float]) -> bool:
-    """Whether one of the networks changed by so much that losing the change would be seen."""
-    return any(change > _NOTHING for part, change in moved.items() if part != "image")
+    """Whether one of the networks did."""
+    return bool(networks_changed(moved))
 
 
 def difference(base: Answers, expected: Answers, found: Answers, *, tolerance: float) -> str | None:

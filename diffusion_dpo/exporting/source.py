@@ -7,6 +7,7 @@ import yaml
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import AdapterKind, find_adapter
+from diffusion_dpo.yaml_dialect import Loader
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def find_base(path: Path, pretrained: str | None, revision: str | None, variant:
         return None
     file = folder / "config.yaml"
     try:
-        model = yaml.safe_load(file.read_text(encoding="utf-8"))["model"]
+        model = yaml.load(file.read_text(encoding="utf-8"), Loader)["model"]  # noqa: S506 - a SafeLoader
         return Base(str(model["pretrained"]), revision or model.get("revision"), variant or model.get("variant"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} does not say which model it was trained on; give pretrained=...") from error

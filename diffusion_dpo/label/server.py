@@ -128,7 +128,11 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
         if not re.fullmatch(r"[0-9a-f]{32}", name) or not file.exists():
             return _problem(404, "there is no such image here")
         # No FileResponse: the time of a file, in its headers, tells which image of a pair was written first.
-        return Response(file.read_bytes(), media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            return _problem(500, f"this image cannot be read: {error.strerror}")
+        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
 
     async def asset(request: Request) -> Response:
         name = request.path_params["name"]
@@ -242,4 +246,4 @@ def _disk_problem(request: Request, error: Exception) -> Response:
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _problem(507, "the disk is full: the vote is kept in this page and sent again once there is room")
-    return _problem(500, f"the vote could not be written: {error}")
+    return _problem(500, f"the vote could not be written: {error.strerror if isinstance(error, OSError) else error}")

@@ -41,7 +41,7 @@ def find_adapter(path: Path) -> tuple[AdapterKind, Path]:
         return "lora", path
     what = "holds neither" if path.exists() else "does not exist; it should hold either"
     either = "nor" if path.exists() else "or"
-    raise ConfigError(f"adapter_path {path} {what} {LORA_FILE} (a LoRA) {either} unet/config.json (a full UNet)")
+    raise ConfigError(f"{path} {what} {LORA_FILE} (a LoRA) {either} unet/config.json (a full UNet)")
 
 
 def add_adapter(
@@ -145,6 +145,16 @@ def one_lora(unet: "UNet2DConditionModel") -> tuple[dict[str, "Tensor"], dict[st
     return weights, config.to_dict()
 
 
+def refuse_other_interface(unet: "UNet2DConditionModel", other: "UNet2DConditionModel", name: str) -> None:
+    """Raise ConfigError where a UNet cannot stand in the place of another one; `name` says which it is."""
+    for key in _INTERFACE:
+        if unet.config[key] != other.config[key]:
+            raise ConfigError(
+                f"the UNet {name} does not fit this model: its {key} is {unet.config[key]}, not {other.config[key]}; "
+                "was it trained on another family?"
+            )
+
+
 def _replace_unet(pipeline: "DiffusionPipeline", folder: Path) -> None:
     import torch
     from safetensors import SafetensorError
@@ -153,12 +163,7 @@ def _replace_unet(pipeline: "DiffusionPipeline", folder: Path) -> None:
         unet = type(pipeline.unet).from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise ConfigError(f"cannot load the UNet {folder}: {first_sentence(error)}") from error
-    for key in _INTERFACE:
-        if unet.config[key] != pipeline.unet.config[key]:
-            raise ConfigError(
-                f"the UNet {folder} does not fit this model: its {key} is {unet.config[key]}, not "
-                f"{pipeline.unet.config[key]}; was it trained on another family?"
-            )
+    refuse_other_interface(unet, pipeline.unet, str(folder))
     pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last).eval())
 
 

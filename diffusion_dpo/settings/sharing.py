@@ -103,5 +103,5 @@ def _differs(config: Config, name: str) -> bool:
     value: Any = getattr(config, name)
     default = type(config).model_fields[name].get_default()
     if isinstance(value, Plugin):
-        return value != type(value)(type=default)
+        return value.type != default or value != type(value)(type=default)
     return bool(value != default)
