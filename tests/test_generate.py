@@ -107,7 +107,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_sd: Path, tmp_path: Path):
     [
         ("model.pretrained=nowhere", "there is no folder nowhere, and it is no hub id"),
         ("prompts_path=null", "give prompts_path"),
-        ("model.adapter_path=/nowhere", "adapter_path /nowhere does not exist"),
+        ("model.adapter_path=/nowhere", "/nowhere does not exist; it should hold either"),
         ("sampling.resolution_px=100", "resolution_px is 100; this model needs a multiple of 8"),
         ("model.pretrained={empty}", "it has no model_index.json"),
     ],
