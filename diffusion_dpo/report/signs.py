@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from diffusion_dpo.report import BASELINE, MetricResult, MetricScores, Sign, words
-from diffusion_dpo.report.reading import beyond_chance
 from diffusion_dpo.report.statistics import mean_interval, prompt_means
 from diffusion_dpo.report.training_log import Point
 
@@ -98,18 +97,17 @@ def distance(model: str, name: str, moved: np.ndarray, yardstick: np.ndarray | N
 def implicit_accuracy(model: str, accuracy: Point) -> Sign:
     """Say how often the model prefers the chosen image of held-out pairs, as training measured it.
 
-    It warns unless that is better than chance by the three standard errors that the page of a run asks for.
+    It warns unless the interval is above one half. The page of a run, which is looked at again and again, asks for more.
     """
-    side = beyond_chance(accuracy)
-    interval = None
+    side, interval = 0, None
     sentence = f"on held-out pairs it prefers the chosen image in {words.percent(accuracy.value)}"
     if accuracy.standard_error:
         half = 1.96 * accuracy.standard_error
         interval = (max(0.0, accuracy.value - half), min(1.0, accuracy.value + half))
+        side = (interval[0] > 0.5) - (interval[1] < 0.5)
         sentence += f" ({words.percent(interval[0])} to {words.percent(interval[1])})"
     if side == 0:
-        few = "" if accuracy.standard_error else "; too few prompts were held out"
-        sentence += f": nothing tells this from chance{few}"
+        sentence += ": this may be chance" if interval else ": of too few prompts to tell it from chance"
     elif side < 0:
         sentence += ": less often than chance would, as if chosen and rejected were swapped"
     return Sign(
