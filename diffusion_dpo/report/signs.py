@@ -97,7 +97,7 @@ def distance(model: str, name: str, moved: np.ndarray, yardstick: np.ndarray | N
 def implicit_accuracy(model: str, accuracy: Point) -> Sign:
     """Say how often the model prefers the chosen image of held-out pairs, as training measured it.
 
-    It warns unless the interval is above one half. The page of a run, which is looked at again and again, asks for more.
+    It warns unless the interval is above one half. The page of a run, which is looked at often, asks for more.
     """
     side, interval = 0, None
     sentence = f"on held-out pairs it prefers the chosen image in {words.percent(accuracy.value)}"
