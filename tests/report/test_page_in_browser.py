@@ -42,6 +42,12 @@ def style(page: Page, selector: str, name: str) -> str:
     return page.eval_on_selector(selector, f"it => getComputedStyle(it).{name}")
 
 
+def test_the_cards_stand_side_by_side(page: Page) -> None:
+    page.set_viewport_size({"width": 1440, "height": 900})
+    boxes = [page.locator("#cards .card").nth(number).bounding_box() for number in (0, 1)]
+    assert boxes[0] and boxes[1] and boxes[0]["y"] == boxes[1]["y"] and boxes[0]["width"] < 700
+
+
 def test_the_wall_is_sorted_and_filtered(page: Page) -> None:
     assert page.locator("#cards > li").count() == 24
     page.locator("#toolbar").get_by_text("Best", exact=True).click()
