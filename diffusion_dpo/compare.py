@@ -228,7 +228,7 @@ def _gallery(config: CompareConfig, wall: Wall) -> Gallery:
 
 def _tell(report: Report) -> None:
     several = len(report.models) > 1
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if several else 2, 0, 0))
     for heading in (*(["model"] if several else []), "metric"):
         table.add_column(heading, no_wrap=True)
     value = "model" if several else report.models[0].name
@@ -236,7 +236,7 @@ def _tell(report: Report) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     for model in report.models:
         for result in sorted(report.of(model.name), key=words.rank):
-            if result.auxiliary and result.name in signs.APPEARANCE:
+            if result.auxiliary and (several or result.name in signs.APPEARANCE):
                 continue
             places = words.places_of(result)
             table.add_row(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,8 +28,9 @@ def say(text: str) -> None:
 
 
 def show(renderable: RenderableType) -> None:
-    """Print a table or another object of rich, as wide as the terminal."""
-    _console.print(renderable, soft_wrap=False)
+    """Print a table or another object of rich as wide as it needs: a number that is cut off says something else."""
+    width = max(_console.width, Measurement.get(_console, _console.options.update(width=1000), renderable).maximum)
+    _console.print(renderable, soft_wrap=False, width=width, crop=False)
 
 
 def warn(text: str) -> None:

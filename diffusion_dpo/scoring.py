@@ -59,6 +59,8 @@ class Scoring:
     batch_size: int
     timeout_seconds: float | None = None
     max_broken_share: float = 1.0
+    whose: str = ""
+    """Whose images these are, where those of others are judged apart from them."""
     known: dict[str, Verdicts] = field(default_factory=dict)
     """What was judged so far, by this run or an earlier one, by the key of the image."""
     _judge: Judge | None = None
@@ -78,7 +80,7 @@ class Scoring:
         keys = self._survey(units)
         shards = self._read_shards(label)
         broken, num_images = 0, sum(map(len, keys.values()))
-        with progress(label, num_images, "images") as advance:
+        with progress(self._what(), num_images, "images") as advance:
             for unit in units:
                 parts = {shard_path(self.folder, label, n): part for n, part in _parts(unit, keys[unit.name]).items()}
                 if all(shards.get(path, {}).keys() == set(part) for path, part in parts.items()):
@@ -225,10 +227,13 @@ class Scoring:
                 found[key][name] = Verdict(math.nan, reason)
         return found
 
+    def _what(self) -> str:
+        return self.scorer.metrics[0].name + (f" of {self.whose}" if self.whose else "")
+
     def _loaded(self) -> Judge:
         if self._judge is None:
             device = pick_device(self.device)
-            say(f"{self.scorer.metrics[0].name}: on {device.type}")
+            say(f"{self._what()}: on {device.type}")
             self.scorer.load(device)
             label = self.scorer.metrics[0].name
             has_answered = any(math.isfinite(found[label].value) for found in self.known.values())

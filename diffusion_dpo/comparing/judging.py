@@ -6,7 +6,7 @@ judge: light and colour, how much the images of a prompt differ, and how far the
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import cast
 
@@ -59,6 +59,8 @@ class _Task:
     units: list[Unit]
     folder: Path
     """Where the scores go."""
+    whose: str = ""
+    """The one model whose images they are."""
 
 
 def all_scorers(config: CompareConfig) -> list[Scorer]:
@@ -97,7 +99,10 @@ def refuse_unusable(config: CompareConfig, prompts: Sequence[Prompt]) -> None:
 def judge_shares(config: CompareConfig, wall: Wall, processes: Processes) -> None:
     """Judge what was not judged yet, a part in each of several processes; `judge` finds it all afterwards."""
     apart = [*_diversity(config, wall).values()]
-    for task in (*_judges(config, wall), *_distance(config, wall).values()):
+    tasks = _judges(config, wall)
+    if config.distance is not None:
+        tasks.append(_distance(config, config.distance, _beside_baseline(wall)))
+    for task in tasks:
         if mine := list(processes.share(task.units)):
             _run(config, replace(task, units=mine))
     for task in processes.share(apart):  # what is compared with all others is not divided
@@ -121,9 +126,11 @@ def judge(
     if config.distance is None:
         return scores, None
     metric = config.distance.metrics[0]
+    beside = _beside_baseline(wall)
+    verdicts = iter(_run(config, _distance(config, config.distance, beside)))
     distances = {}
-    for name, task in _distance(config, wall).items():
-        raw = np.array([verdict[metric.name].value for verdict in _run(config, task)])
+    for name, units in beside.items():
+        raw = np.array([it[metric.name].value for it in islice(verdicts, sum(unit.num_images for unit in units))])
         distances[name] = (1 - raw if metric.higher_is_better else raw).reshape(-1, len(wall.prompts)).T
     return scores, Distances(metric.name, distances, distances.pop(BASELINE, None))
 
@@ -139,26 +146,29 @@ def _diversity(config: CompareConfig, wall: Wall) -> dict[str, _Task]:
     if config.diversity is None or wall.num_seeds == 1:
         return {}
     root = config.output_dir / "scores"
-    return {name: _Task(config.diversity, units, root / name) for name, units in wall.units.items()}
+    return {name: _Task(config.diversity, units, root / name, name) for name, units in wall.units.items()}
 
 
-def _distance(config: CompareConfig, wall: Wall) -> dict[str, _Task]:
-    """The judge of distance before each model's images beside the baseline's, and of the baseline between seeds."""
-    if config.distance is None:
-        return {}
-    folder = config.output_dir / "scores" / "distance"
+def _beside_baseline(wall: Wall) -> dict[str, list[Unit]]:
+    """Every model's images beside the baseline's, and the baseline's beside those of its first seed."""
     per_seed = len(wall.baseline) // wall.num_seeds
     beside = {name: _beside(units, wall.baseline, "moved") for name, units in wall.units.items() if name != BASELINE}
     if wall.num_seeds > 1:
         first = wall.baseline[:per_seed] * (wall.num_seeds - 1)
         beside[BASELINE] = _beside(wall.baseline[per_seed:], first, "seed")
-    return {name: _Task(config.distance, units, folder) for name, units in beside.items()}
+    return beside
+
+
+def _distance(config: CompareConfig, scorer: Scorer, beside: dict[str, list[Unit]]) -> _Task:
+    """The judge of distance before all of these."""
+    return _Task(scorer, list(chain(*beside.values())), config.output_dir / "scores" / "distance")
 
 
 def _run(config: CompareConfig, task: _Task) -> list[dict[str, Verdict]]:
     """Return the verdicts on all images of a task, in order."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    return Scoring(task.scorer, config.output_dir, task.folder, config.device, _JUDGED_AT_ONCE).run(task.units)
+    path = config.output_dir
+    return Scoring(task.scorer, path, task.folder, config.device, _JUDGED_AT_ONCE, whose=task.whose).run(task.units)
 
 
 def _beside(units: list[Unit], references: list[Unit], what: str) -> list[Unit]:
