@@ -234,11 +234,13 @@ def _tell(report: Report) -> None:
     value = "model" if several else report.models[0].name
     for heading in ("baseline", value, "difference, 95 % interval", "win rate"):
         table.add_column(heading, justify="right", no_wrap=True)
+    roles: set[str] = set()
     for model in report.models:
         for result in sorted(report.of(model.name), key=words.rank):
             if result.auxiliary and (several or result.name in signs.APPEARANCE):
                 continue
             places = words.places_of(result)
+            roles.add(result.role)
             table.add_row(
                 *([model.name] if several else []),
                 result.name + " *" * (result.role == "trained_on") + " +" * (result.role == "related"),
@@ -248,7 +250,6 @@ def _tell(report: Report) -> None:
                 words.percent(result.win_rate),
             )
     show(table)
-    roles = {result.role for result in report.results}
     if "trained_on" in roles:
         say("* labelled the training pairs, or is given by the scorer that did; the others are held out")
     if "related" in roles:
