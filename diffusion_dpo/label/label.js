@@ -68,6 +68,7 @@ function labelling() {
     const done = known + unsent.length;
     show(byId("pair"), task !== undefined);
     show(byId("actions"), isStarted);
+    for (const button of byId("actions").querySelectorAll("button:not(#undo)")) show(button, task !== undefined); // all done
     show(byId("done"), task === undefined && isStarted && unsent.length === 0);
     byId("progress").value = isStarted ? `${done} of ${total}${unsent.length > 1 ? `, ${unsent.length} being saved` : ""}` : "";
     byId("bar").style.setProperty("width", `${total ? (100 * done) / total : 0}%`);
