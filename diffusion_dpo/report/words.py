@@ -86,6 +86,9 @@ def lead(result: MetricResult) -> str:
     if result.num_pairs == 0:
         return "nobody voted" if result.role == "human" else f"no pair could be scored with {result.name}"
     outcome = verdict(result)
+    if result.role == "human":
+        who = {"better": result.model, "worse": "the baseline", "same": "neither", "unclear": "neither measurably"}
+        return f"{result.name} preferred {who[outcome]}"
     if outcome == "same":
         return f"{result.name} is the same for both, {before}"
     if result.mean_difference_interval is None:
@@ -101,6 +104,9 @@ def detail(result: MetricResult) -> str:
     if result.num_pairs == 0:
         missing = "vote" if result.role == "human" else "score"
         return f"all {result.num_missing} pairs are missing a {missing}"
+    if result.role == "human":
+        share = f"{percent(result.win_rate)} of {count(result.num_pairs, 'pairs')} for {result.model}"
+        return f"{share}, 95{NBSP}% interval {win_interval(result)}"
     if verdict(result) == "same":
         return f"all {count(result.num_pairs, 'pairs')} tie"
     parts = [number(result.mean_difference, places_of(result), signed=True)]

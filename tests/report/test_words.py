@@ -180,3 +180,19 @@ def test_it_is_said_where_nothing_says_what_labelled() -> None:
     unknown = made.model_copy(update={"models": (made.models[0].model_copy(update={"labelled_by": None}),)})
     assert any("nothing says what labelled" in it.lower() for it in words.cautions(unknown))
     assert not any("nothing says what labelled" in it.lower() for it in words.cautions(made))
+
+
+@pytest.mark.parametrize(
+    "votes,text",
+    [
+        (
+            np.ones((64, 1)),
+            "people preferred tuned (100\u00a0% of 64 pairs for tuned, 95\u00a0% interval 94\u00a0% to 100\u00a0%)",
+        ),
+        (-np.ones((64, 1)), "people preferred the baseline (0\u00a0% of 64 pairs"),
+        (np.tile([[1.0], [-1.0]], (32, 1)), "people preferred neither measurably (50\u00a0% of 64 pairs"),
+        (np.zeros((64, 1)), "people preferred neither (50\u00a0% of 64 pairs"),
+    ],
+)
+def test_what_people_said_is_said_as_a_preference(votes: np.ndarray, text: str) -> None:
+    assert f"On 64 held-out prompts, {text}" in sentence(metric("people", "human", True, np.zeros((64, 1)), votes))
