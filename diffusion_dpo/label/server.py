@@ -245,5 +245,5 @@ def _disk_problem(request: Request, error: Exception) -> Response:
     """Say that a vote could not be written; it is not in the log, and the page keeps it and tries again."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _problem(507, "the disk is full: the vote is kept in this page and sent again once there is room")
+        return _problem(507, "the disk is full")
     return _problem(500, f"the vote could not be written: {error.strerror if isinstance(error, OSError) else error}")
