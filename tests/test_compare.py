@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 
 from diffusion_dpo import compare, train
-from diffusion_dpo.comparing import Compared, drawing
-from diffusion_dpo.comparing.lineup import implicit_accuracy, line_up, training_facts
-from diffusion_dpo.comparing.roles import roles_of
+from diffusion_dpo.comparing import drawing
 from diffusion_dpo.config import ConfigError, dump, load, validate
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
-from diffusion_dpo.data.pickapic import PickapicData
 from diffusion_dpo.data.prompts import prompt_hash
 from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.files import write_json
@@ -24,9 +21,8 @@ from diffusion_dpo.label.items import make_items
 from diffusion_dpo.label.log import Log
 from diffusion_dpo.label.study import Study
 from diffusion_dpo.pocket.world import distinct_scenes
-from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import MetricResult, Report
-from diffusion_dpo.settings import CompareConfig, ImageModel, LabelConfig
+from diffusion_dpo.settings import CompareConfig, LabelConfig
 from tests.fakes import make_stable_diffusion
 from tests.runs import make_config
 from tests.test_processes import ACCELERATE
@@ -302,68 +298,6 @@ def test_other_weights_at_the_same_path_are_drawn_anew(
     second = run(config(models[0], model, tmp_path / "run"))
     assert len(drawn) == 4 + 2
     assert second.results != first.results and second.models[0].weights != first.models[0].weights
-
-
-def test_roles_come_from_the_training_run(tmp_path: Path) -> None:
-    write_json(tmp_path / "manifest.json", {"made_by": "train", "labelled_by": ["clip"]})
-    (tmp_path / "adapter").mkdir()
-    weights = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
-    weights.write_bytes(b"")
-    for path in (tmp_path, tmp_path / "adapter", weights):
-        run_dir, facts = training_facts(path)
-        assert run_dir == tmp_path and facts["labelled_by"] == ["clip"]
-    assert training_facts(tmp_path / "adapter" / "deeper" / "still") == (None, {})
-
-
-def test_a_role_is_that_of_one_model_and_of_its_training_data() -> None:
-    settings = validate(CompareConfig, {"scorers": ["clip", "pickscore"], "models": {"a": {}}}, where="the test")
-
-    def compared(name: str, labelled_by: tuple[str, ...], *lineage: str) -> Compared:
-        return Compared(name, settings.baseline, "", labelled_by=labelled_by, lineage=frozenset(lineage))
-
-    lineup = [
-        compared("baseline", ()),
-        compared("by clip", ("clip_text",)),
-        compared("by light", ("brightness",)),
-        compared("by people", (), *PickapicData(type="pickapic", path=Path("rows")).lineage),
-    ]
-    roles = roles_of(settings, lineup)
-    assert roles["by clip"]["clip_text"] == "trained_on" and roles["by clip"]["nearest_clip"] == "related"
-    assert roles["by clip"]["pickscore"] == "held_out"  # another backbone than the pocket CLIP
-    assert roles["by light"]["clip_text"] == "held_out" and roles["by light"]["brightness"] == "trained_on"
-    assert roles["by people"]["pickscore"] == "related" and roles["by people"]["clip_text"] == "held_out"
-
-
-@pytest.mark.parametrize(
-    "manifest,labelled_by",
-    [
-        ({"labelled_by": ["human"]}, ("human",)),
-        ({"labelled_by": [], "lineage": ["data: Pick-a-Pic"]}, ()),
-        ({"labelled_by": []}, None),
-    ],
-)
-def test_what_labelled_is_known_or_said_to_be_unknown(
-    tmp_path: Path, manifest: dict[str, object], labelled_by: tuple[str, ...] | None
-) -> None:
-    folder = tmp_path / "run"
-    (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    write_json(folder / "manifest.json", {"made_by": "train", **manifest})
-    changes = {"models": {"tuned": {"adapter_path": str(folder)}}}
-    for trained_on, expected in ((None, labelled_by), ([], ())):
-        settings = validate(CompareConfig, {**changes, "trained_on": trained_on}, where="the test")
-        assert line_up(settings, Processes.join("cpu"))[1].labelled_by == expected
-
-
-def test_the_accuracy_of_training_is_that_of_its_checkpoint_and_strength(tmp_path: Path) -> None:
-    rows = [{"step": 10, "eval/accuracy": 0.6, "eval/accuracy/se": 0.1}, {"step": 20, "eval/accuracy": 0.7}]
-    lines = [*map(json.dumps, rows), "[1]", '{"step": 30, "eval/acc']
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    model = ImageModel(adapter_path=tmp_path)
-    assert implicit_accuracy(Compared("last", model, "", tmp_path)) == (20, 0.7, None)
-    assert implicit_accuracy(Compared("earlier", model, "", tmp_path, step=19)) == (10, 0.6, 0.1)
-    weaker = model.model_copy(update={"adapter_scale": 0.5})
-    assert implicit_accuracy(Compared("weaker", weaker, "", tmp_path)) is None
 
 
 def test_a_scorer_that_labelled_makes_all_of_its_metrics_trained_on(models: tuple[Path, Path], tmp_path: Path) -> None:
