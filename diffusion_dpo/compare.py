@@ -132,6 +132,8 @@ def _report(
             name=compared.name,
             description=compared.description,
             weights=compared.weights,
+            adapter=compared.adapter,
+            adapter_scale=compared.model.adapter_scale,
             labelled_by=compared.labelled_by,
             num_prompts_trained_on=num_trained_on(compared, wall.prompts),
         )
@@ -253,7 +255,7 @@ def _tell(report: Report) -> None:
     if "trained_on" in roles:
         say("* labelled the training pairs, or is given by the scorer that did; the others are held out")
     if "related" in roles:
-        say("+ has the backbone or the data of a judge that labelled the training pairs")
+        say("+ has the backbone or the data of a judge that labelled the training pairs, or the data of these")
     say(words.sentence(report, words.headline(report)))
     for caution in words.cautions(report):
         warn(caution)

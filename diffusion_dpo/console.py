@@ -29,8 +29,9 @@ def say(text: str) -> None:
 
 def show(renderable: RenderableType) -> None:
     """Print a table or another object of rich as wide as it needs: a number that is cut off says something else."""
-    width = max(_console.width, Measurement.get(_console, _console.options.update(width=1000), renderable).maximum)
-    _console.print(renderable, soft_wrap=False, width=width, crop=False)
+    needed = Measurement.get(_console, _console.options.update(width=1000), renderable).maximum
+    wide = Console(highlight=False, quiet=_console.quiet, width=max(_console.width, needed))
+    wide.print(renderable, crop=False)
 
 
 def warn(text: str) -> None:

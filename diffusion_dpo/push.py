@@ -4,7 +4,7 @@ Files are named one by one, never a folder as a whole: weights, the card, the se
 business, images that the model drew. Checkpoints, caches, optimizer states and training data have no way in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from diffusion_dpo.exporting.facts import read_facts
 from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.adapters import LORA_FILE
 from diffusion_dpo.models.pipeline import POCKET_DIR
-from diffusion_dpo.report.page import flatten
 from diffusion_dpo.report.plots import NAMES
-from diffusion_dpo.sampling import weights_hash
-from diffusion_dpo.settings import ImageModel, PushConfig, TrainConfig
+from diffusion_dpo.sampling import adapter_hash
+from diffusion_dpo.settings import PushConfig, TrainConfig
 from diffusion_dpo.yaml_dialect import Dumper
 
 _MAX_PREVIEWS = 4
@@ -81,7 +80,7 @@ def _pack(config: PushConfig) -> _Parcel:
     train = load(TrainConfig, config.path / "config.yaml")
     parcel = _Parcel()
     kind = _add_weights(config.path, parcel)
-    kohya = _find_kohya(config, train)
+    kohya = _find_kohya(config)
     if kohya is not None:
         if kohya.name in parcel.files:
             raise ConfigError(f"{kohya} has the name of the LoRA itself; rename it")
@@ -116,7 +115,7 @@ def _add_weights(folder: Path, parcel: _Parcel) -> str:
     return "unet"
 
 
-def _find_kohya(config: PushConfig, train: TrainConfig) -> Path | None:
+def _find_kohya(config: PushConfig) -> Path | None:
     where = config.kohya_path or config.path / "kohya"
     found = [where] if where.is_file() and where.suffix == ".safetensors" else sorted(where.glob("*.safetensors"))
     if len(found) != 1:
@@ -124,13 +123,13 @@ def _find_kohya(config: PushConfig, train: TrainConfig) -> Path | None:
             raise ConfigError(f"kohya_path {where} should be or hold one .safetensors file; it holds {len(found)}")
         return None
     (file,) = found
-    if read_facts(file).naming != "kohya":
+    facts = read_facts(file)
+    if not facts.is_lora or facts.naming != "kohya":
         raise ConfigError(f"{file} is no LoRA in kohya's names; `export format=kohya` makes one, or move it away")
     made = read_manifest(file.parent)
     if made.get("made_by") == "export":
-        model = train.model.model_dump(include={"pretrained", "revision", "variant"})
-        weights = weights_hash(ImageModel(**model, adapter_path=config.path))
-        if (made["identity"].get("weights"), made["identity"].get("adapter_scale")) != (weights, 1.0):
+        strength = made.get("identity", {}).get("adapter_scale")
+        if (made.get("adapter"), strength) != (adapter_hash(config.path), 1.0):
             raise ConfigError(
                 f"{file} was exported from other weights than those of {config.path} now, or at another strength; "
                 "remove its folder and export it again"
@@ -160,8 +159,8 @@ def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], show
     text = file.read_text(encoding="utf-8") if file.exists() else None
     if text is None or text == local_card(train, shown.kind, facts):
         return card_text(train, facts, shown, results=results).encode()
-    places = [*(text for _, text in flatten(train.model_dump(mode="json"))), str(config.path.resolve())]
-    for place in (*places, str(Path.home()), str(Path.cwd()), str(POCKET_DIR)):
+    settings = _texts(train.model_dump(mode="json"))
+    for place in (*settings, str(config.path.resolve()), str(Path.home()), str(Path.cwd()), str(POCKET_DIR)):
         if place.startswith("/") and len(place) > 1 and place in text:
             raise ConfigError(
                 f"{file} was edited, or written by another version, and names {place}, a folder of this machine; take "
@@ -169,6 +168,15 @@ def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], show
             )
     warn(f"{file} was edited, or written by another version: it is sent as it is")
     return text.encode()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in settings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
 
 
 def scrub(value: Any, key: str = "") -> Any:
@@ -180,12 +188,13 @@ def scrub(value: Any, key: str = "") -> Any:
         return {name: scrub(inner, str(name)) for name, inner in kept.items()}
     if isinstance(value, list):
         return [scrub(item, key) for item in value]
-    if not isinstance(value, str) or key == "prompts":
+    if not isinstance(value, str) or key in ("prompts", "negative_prompt"):
         return value
     if "://" in value:
         return value.split("://", 1)[0] + "://..."
     by_name = key == "path" or key.endswith(("_path", "_dir"))
-    by_look = "/" in value and not any(letter.isspace() for letter in value) and not is_hub_id(value)
+    is_one_word = not any(letter.isspace() for letter in value)
+    by_look = "/" in value and not is_hub_id(value) and (is_one_word or Path(value).exists())
     return Path(value).name if by_name or by_look or value.startswith(("/", "~")) else value
 
 

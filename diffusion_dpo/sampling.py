@@ -61,6 +61,15 @@ def weights_hash(model: ImageModel) -> str:
         roots = [POCKET_DIR]
     if model.adapter_path is not None:
         roots.append(find_adapter(model.adapter_path)[1])
+    return _hash_of(roots)
+
+
+def adapter_hash(path: Path) -> str:
+    """Hash the files of an adapter alone, whatever model it is for."""
+    return _hash_of([find_adapter(path)[1]])
+
+
+def _hash_of(roots: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for root in roots:
         files = (

@@ -13,6 +13,7 @@ from diffusion_dpo.card.results import read_results
 from diffusion_dpo.card.text import Shown, card_text, plain
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.settings import TrainConfig
+from tests.comparisons import made_report
 
 FACTS: dict[str, Any] = {"num_pairs": 10, "num_held_out": 2, "drops": {"broken": 3}, "labelled_by": [], "steps": 200}
 LOCAL = Shown(kind="adapter")
@@ -90,55 +91,36 @@ def test_every_objective_names_its_paper() -> None:
         assert ("The objective: " in text) is (name != "dpo"), name
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_results_come_with_their_intervals(version: int, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    numbers = {"mean_difference": 0.25, "mean_difference_interval": [0.1, 0.4], "win_rate": 0.61}
-    entry = {"name": "clip|x", "role": "held_out", "win_rate_interval": [0.55, 0.67], **numbers}
-    if version == 2:
-        others = [
-            {**entry, "model": "b", "win_rate": 0.9},
-            {**entry, "model": "a", "category": "People"},
-            {**entry, "model": "a", "auxiliary": True},
-        ]
-        report: dict[str, Any] = {"results": [*others, {**entry, "model": "a", "category": "", "p_holm": 0.004}]}
-        report["made_with"] = {"models": {"b": {"adapter_path": "elsewhere"}, "a": {"adapter_path": str(run)}}}
-        report["baseline"] = {"description": "a base"}
-    else:
-        report = {"metrics": [entry, {"name": "nothing", "role": "held_out", "win_rate": None}]}
-    (tmp_path / "report.json").write_text(json.dumps({"num_prompts": 50, "seeds_per_prompt": 2, **report}))
-    results = read_results(tmp_path, run)
-    text = card_text(config(), FACTS, LOCAL, results=results)
-    p = " 0.004 |" if version == 2 else "  |"
-    assert f"| clip\\|x | held out | 61.0% (55.0% to 67.0%) | +0.25 (+0.1 to +0.4) |{p}" in text
-    assert text.count("| held out |") == (1 if version == 2 else 2) and "50 prompts x 2 seeds" in text
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
+    return tmp_path / "run"
+
+
+def test_results_are_those_of_the_very_weights_with_their_intervals(run: Path) -> None:
+    (run.parent / "report.json").write_text(made_report(run).model_dump_json())
+    text = card_text(config(), FACTS, LOCAL, results=read_results(run.parent, run))
+    assert "| clip\\|x | held out | 100.0% (92.9% to 100.0%) | +1 (+1 to +1) |" in text
+    assert text.count("| held out |") == 1 and "Against the base, on 50 prompts x 2 seeds" in text
+    assert "secret" not in text and "+9" not in text
     assert "Not measured yet" in card_text(config(), FACTS, LOCAL)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"results": 3}', '{"results": [{"name": "x", "win_rate": "y"}]}']
-)
-def test_a_report_that_is_none_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(content)
+def test_a_report_of_other_weights_is_refused(run: Path) -> None:
+    for report in (made_report(run, scale=0.5), made_report(run)):
+        (run.parent / "report.json").write_text(report.model_dump_json())
+        if report.models[1].adapter_scale == 1:
+            (run / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(b"trained further")
+        with pytest.raises(ConfigError, match=r"says nothing of what .*run holds now, at strength 1"):
+            read_results(run.parent, run)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": 3}', '{"results": [{"name": "x"}]}'])
+def test_a_report_that_is_none_is_refused(content: str, run: Path) -> None:
+    (run.parent / "report.json").write_text(content)
     with pytest.raises(ConfigError, match=r"is not the report\.json of a comparison"):
-        read_results(tmp_path, tmp_path / "run")
-
-
-def test_a_report_of_other_models_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-
-    def read(**models: str | None) -> None:
-        results = [{"name": "clip", "role": "held_out", "model": name, "category": ""} for name in models]
-        made_with = {"models": {name: {"adapter_path": path} for name, path in models.items()}}
-        report = {"num_prompts": 9, "seeds_per_prompt": 1, "results": results, "made_with": made_with}
-        (tmp_path / "report.json").write_text(json.dumps(report))
-        read_results(tmp_path, tmp_path / "run")
-
-    read(tuned=str(tmp_path / "run" / "adapter"))
-    read(tuned=str(tmp_path / "run-before-it-was-moved"))
-    for others in ({"a": str(tmp_path / "other")}, {"a": None, "b": None}):
-        with pytest.raises(ConfigError, match=r"does not say which one .*run is"):
-            read(**others)
+        read_results(run.parent, run)
 
 
 def test_the_same_run_gives_the_same_card_and_says_how_to_load_it() -> None:

@@ -18,6 +18,7 @@ from diffusion_dpo.config import dump, load
 from diffusion_dpo.files import write_json
 from diffusion_dpo.push import scrub
 from diffusion_dpo.settings import TrainConfig
+from tests.comparisons import made_report
 from tests.hub import TOKEN, Hub, hub_server
 
 FACTS = {"num_pairs": 10, "num_held_out": 2, "drops": {}, "labelled_by": ["pickscore"], "steps": 200}
@@ -86,8 +87,7 @@ def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) ->
     (report / "plots").mkdir()
     (report / "plots" / "metrics.png").write_bytes(b"a plot")
     (report / "plots" / "somebody.png").write_bytes(b"a private photograph")
-    result = {"name": "pickscore", "model": "after", "category": "", "role": "trained_on", "win_rate": 0.61}
-    write_json(report / "report.json", {"schema_version": 2, "num_prompts": 9, "results": [result]})
+    (report / "report.json").write_text(made_report(run_dir).model_dump_json())
     settings = ["repo_id=me/mine", f"endpoint={hub.url}", f"report_path={report}", "dry_run=false"]
     code, text = push(run_dir, *settings)
     assert code == 0 and f"sent: {hub.url}/me/mine" in text, text
@@ -98,7 +98,7 @@ def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) ->
     everything = b"".join(files.values()).decode(errors="replace")
     assert "secret-home" not in everything and str(run_dir.parent.parent) not in everything
     assert TOKEN not in text and TOKEN not in everything
-    assert "load_lora_weights('me/mine')" in files["README.md"].decode() and "61.0%" in files["README.md"].decode()
+    assert "load_lora_weights('me/mine')" in files["README.md"].decode() and "100.0%" in files["README.md"].decode()
     assert yaml.safe_load(files["training_config.yaml"])["model"]["pretrained"] == "base"
     code, text = push(run_dir, *settings)
     assert code == 0, text  # the repository is there already
@@ -144,9 +144,10 @@ def test_a_file_that_is_not_the_lora_in_kohyas_names_is_not_sent(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_dir / "kohya").mkdir()
-    save_file({"unet.x.lora_A.weight": torch.ones(2, 3)}, run_dir / "kohya" / "pytorch_lora_weights.safetensors")
-    assert main(["push", f"path={run_dir}"]) == 2
-    assert "is no LoRA in kohya's names" in capsys.readouterr().err
+    for name in ("unet.x.lora_A.weight", "model.diffusion_model.x"):  # a LoRA in other names, a whole checkpoint
+        save_file({name: torch.ones(2, 3)}, run_dir / "kohya" / "pytorch_lora_weights.safetensors")
+        assert main(["push", f"path={run_dir}"]) == 2
+        assert "is no LoRA in kohya's names" in capsys.readouterr().err
     (run_dir / "kohya" / "pytorch_lora_weights.safetensors").unlink()
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, run_dir / "kohya" / "mine.safetensors")
     identity = {"weights": "those of before it was trained further", "adapter_scale": 1.0}
@@ -192,6 +193,7 @@ def test_settings_keep_no_path_and_no_secret() -> None:
         "data": {"type": "hub", "path": "owner/name"},
         "pairs": {"type": "pairs", "path": "clients/acme"},
         "prompts": ["a/b", "cat and/or dog", "/a"],
+        "negative_prompt": "blurry/ugly",
         "scorers": [{"type": "http", "url": "https://me:pw@host/x", "path": "/a/b.txt", "num": 3}],
     }
     after = {
@@ -205,6 +207,7 @@ def test_settings_keep_no_path_and_no_secret() -> None:
         "data": {"type": "hub", "path": "owner/name"},
         "pairs": {"type": "pairs", "path": "acme"},
         "prompts": ["a/b", "cat and/or dog", "/a"],
+        "negative_prompt": "blurry/ugly",
         "scorers": [{"type": "http", "url": "https://...", "path": "b.txt", "num": 3}],
     }
     assert scrub(before) == after

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diffusion_dpo.comparing import Compared
@@ -26,7 +28,9 @@ def test_roles_come_from_the_training_run(tmp_path: Path) -> None:
     assert training_facts(tmp_path / "adapter" / "deeper" / "still") == (None, {})
 
 
-def test_a_role_is_that_of_one_model_and_of_its_training_data() -> None:
+def test_a_role_is_that_of_one_model_and_of_its_training_data(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"caption": ["a"]}), rows)
     settings = validate(CompareConfig, {"scorers": ["clip", "pickscore"], "models": {"a": {}}}, where="the test")
 
     def compared(name: str, labelled_by: tuple[str, ...], *lineage: str) -> Compared:
@@ -36,9 +40,10 @@ def test_a_role_is_that_of_one_model_and_of_its_training_data() -> None:
         compared("baseline", ()),
         compared("by clip", ("clip_text",)),
         compared("by light", ("brightness",)),
-        compared("by people", (), *PickapicData(type="pickapic", path=Path("rows")).lineage),
+        compared("by people", (), *PickapicData(type="pickapic", path=rows).lineage),
     ]
     roles = roles_of(settings, lineup)
+    assert "baseline" not in roles
     assert roles["by clip"]["clip_text"] == "trained_on" and roles["by clip"]["nearest_clip"] == "related"
     assert roles["by clip"]["pickscore"] == "held_out"  # another backbone than the pocket CLIP
     assert roles["by light"]["clip_text"] == "held_out" and roles["by light"]["brightness"] == "trained_on"
@@ -49,7 +54,8 @@ def test_a_role_is_that_of_one_model_and_of_its_training_data() -> None:
     "manifest,labelled_by",
     [
         ({"labelled_by": ["human"]}, ("human",)),
-        ({"labelled_by": [], "lineage": ["data: Pick-a-Pic"]}, ()),
+        ({"labelled_by": ["clip_text"]}, ("clip_text",)),
+        ({"labelled_by": [], "lineage": ["data: Pick-a-Pic"]}, None),
         ({"labelled_by": []}, None),
     ],
 )
@@ -71,7 +77,15 @@ def test_the_accuracy_of_training_is_that_of_its_checkpoint_and_strength(tmp_pat
     lines = [*map(json.dumps, rows), "[1]", '{"step": 30, "eval/acc']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = ImageModel(adapter_path=tmp_path)
-    assert implicit_accuracy(Compared("last", model, "", tmp_path)) == (20, 0.7, None)
-    assert implicit_accuracy(Compared("earlier", model, "", tmp_path, step=19)) == (10, 0.6, 0.1)
+    assert implicit_accuracy(Compared("last", model, "", trained_by=tmp_path)) == (20, 0.7, None)
+    assert implicit_accuracy(Compared("earlier", model, "", trained_by=tmp_path, step=19)) == (10, 0.6, 0.1)
     weaker = model.model_copy(update={"adapter_scale": 0.5})
-    assert implicit_accuracy(Compared("weaker", weaker, "", tmp_path)) is None
+    assert implicit_accuracy(Compared("weaker", weaker, "", trained_by=tmp_path)) is None
+
+
+def test_our_own_pairs_in_the_columns_of_pickapic_say_what_labelled_them(tmp_path: Path) -> None:
+    """As `export format=pickapic` leaves them."""
+    pq.write_table(pa.table({"caption": ["a"]}), tmp_path / "pairs-00000.parquet")
+    write_json(tmp_path / "manifest.json", {"made_by": "export", "labelled_by": ["clip_text"]})
+    source = PickapicData(type="pickapic", path=tmp_path)
+    assert source.labelled_by() == ("clip_text",) and not source.lineage

@@ -15,9 +15,10 @@ import yaml
 from pydantic import ValidationError
 
 from diffusion_dpo import __version__, registry
-from diffusion_dpo.card.results import Result, Results
+from diffusion_dpo.card.results import Results
 from diffusion_dpo.models import DiffusionModel
 from diffusion_dpo.models.pipeline import POCKET_DIR
+from diffusion_dpo.report import MetricResult
 from diffusion_dpo.settings import TrainConfig
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -168,10 +169,12 @@ def _results(results: Results | None, next_command: str | None) -> str:
     if results is None or not results.metrics:
         command = f" `{next_command.replace('`', '')}` measures it." if next_command else ""
         return f"## Results\n\nNot measured yet: nothing here says that the images became better.{command}"
+    report = results.report
+    against = "another adapter of the base" if report.baseline.adapter else "the base"
     rows = "\n".join(map(_row, results.metrics))
     return f"""## Results
 
-Against {plain(results.baseline)}, on {results.num_prompts} prompts x {results.seeds_per_prompt} seeds with the \
+Against {against}, on {report.num_prompts} prompts x {report.seeds_per_prompt} seeds with the \
 same noise; 95 % intervals over prompts. A metric
 that labelled the training pairs is expected to rise; the held-out ones are the evidence.
 
@@ -180,7 +183,7 @@ that labelled the training pairs is expected to rise; the held-out ones are the 
 {rows}"""
 
 
-def _row(result: Result) -> str:
+def _row(result: MetricResult) -> str:
     def cell(value: float | None, interval: tuple[float, float] | None, form: str) -> str:
         if value is None:
             return "not measured"

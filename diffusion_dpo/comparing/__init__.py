@@ -19,12 +19,14 @@ class Compared:
     model: ImageModel
     weights: str
     """Hash of its local weights, adapter included."""
+    adapter: str = ""
+    """Hash of its adapter alone."""
     trained_by: Path | None = None
     """The run folder that its adapter is from, if it is from one."""
     step: int | None = None
     """The step of the checkpoint that was asked for."""
     labelled_by: tuple[str, ...] | None = ()
-    """Metrics that labelled its training pairs; () also where people did, None where it was tuned and nothing says."""
+    """Metrics that labelled its training pairs; None where it was tuned and nothing says."""
     lineage: frozenset[str] = frozenset()
     """Of its training pairs: see PairSource."""
 

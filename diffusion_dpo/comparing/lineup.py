@@ -14,7 +14,7 @@ from diffusion_dpo.models.adapters import find_adapter
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE
 from diffusion_dpo.report.training_log import Point, read_log
-from diffusion_dpo.sampling import weights_hash
+from diffusion_dpo.sampling import adapter_hash, weights_hash
 from diffusion_dpo.settings import CompareConfig, ImageModel, TrainConfig
 from diffusion_dpo.training.state import is_checkpoint, run_of, save_result
 
@@ -91,19 +91,17 @@ def implicit_accuracy(compared: Compared) -> Point | None:
 
 def _compared(name: str, model: ImageModel, config: CompareConfig) -> Compared:
     if model.adapter_path is None:
-        return Compared(name, model, weights_hash(model), labelled_by=config.trained_on or ())
+        labelled_by = () if name == BASELINE else config.trained_on or ()
+        return Compared(name, model, weights_hash(model), labelled_by=labelled_by)
     run, facts = training_facts(model.adapter_path)
     lineage = frozenset(facts.get("lineage", ()))
-    labelled_by: tuple[str, ...] | None = tuple(facts.get("labelled_by", ()))
-    if config.trained_on is not None:
-        labelled_by = config.trained_on
-    elif not labelled_by and not lineage:
-        labelled_by = None
+    known = config.trained_on if config.trained_on is not None else tuple(facts.get("labelled_by", ())) or None
     step = None
     if is_checkpoint(model.adapter_path):
         step = int(model.adapter_path.name.partition("-")[2])
         model = model.model_copy(update={"adapter_path": _adapter_of(config, model.adapter_path)})
-    return Compared(name, model, weights_hash(model), run, step, labelled_by, lineage)
+    assert model.adapter_path is not None
+    return Compared(name, model, weights_hash(model), adapter_hash(model.adapter_path), run, step, known, lineage)
 
 
 def _write_adapter(config: CompareConfig, checkpoint: Path) -> None:

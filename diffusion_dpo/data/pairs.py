@@ -59,11 +59,16 @@ class PairsData(PairSource):
 
     def labelled_by(self) -> tuple[str, ...]:
         """Return what `pair` wrote into the manifests beside the files; a manifest of another make says nothing."""
-        from diffusion_dpo.data import shards
+        return labelled_by(self.path)
 
-        folders = [self.path] if self.path.is_dir() else []
-        folders += [file.parent for file in shards.parquet_files(self.path)]
-        return tuple(dict.fromkeys(name for folder in dict.fromkeys(folders) for name in _labelled_by(folder)))
+
+def labelled_by(path: Path) -> tuple[str, ...]:
+    """Return the metrics that labelled, by the manifests beside the Parquet files of a path."""
+    from diffusion_dpo.data import shards
+
+    folders = [path] if path.is_dir() else []
+    folders += [file.parent for file in shards.parquet_files(path)]
+    return tuple(dict.fromkeys(name for folder in dict.fromkeys(folders) for name in _labelled_by(folder)))
 
 
 def _labelled_by(folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.pairs import labelled_by
 from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
 from diffusion_dpo.data.stamps import stamp_of
 
@@ -23,11 +24,6 @@ class PickapicData(PairSource):
     """A Parquet file, or a folder of them."""
     ties: Ties = "drop"
     """keep trains on ties too, as pairs with label probability 0.5."""
-
-    @property
-    def lineage(self) -> frozenset[str]:
-        """See PairSource."""
-        return frozenset({"data: Pick-a-Pic"})
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; a label between 0 and 1 becomes a soft label."""
@@ -49,6 +45,15 @@ class PickapicData(PairSource):
         return make_labelled_pair(
             where, row["caption"], images, label, ties=self.ties, source="pickapic", models=models
         )
+
+    def labelled_by(self) -> tuple[str, ...]:
+        """Return what a manifest beside the files says, as `export` writes one; () of the original."""
+        return labelled_by(self.path)
+
+    @property
+    def lineage(self) -> frozenset[str]:
+        """See PairSource; of our own pairs in these columns there is none."""
+        return frozenset() if self.labelled_by() else frozenset({"data: Pick-a-Pic"})
 
     def num_rows(self) -> int:
         """Return the number of rows, from the files' footers."""

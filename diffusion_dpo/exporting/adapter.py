@@ -35,7 +35,7 @@ from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
 from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, find_adapter, quiet
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
-from diffusion_dpo.sampling import weights_hash
+from diffusion_dpo.sampling import adapter_hash, weights_hash
 from diffusion_dpo.settings import ExportConfig, ImageModel
 from diffusion_dpo.settings.sharing import LORA_FORMATS
 
@@ -80,13 +80,15 @@ def export_adapter(config: ExportConfig) -> Path:
     identity = _identity(config, base)
     is_new = not config.output_dir.exists()
     with claim(config.output_dir, "export", identity) as before:
-        if before.get("complete") and all((config.output_dir / file).exists() for file in before["files"]):
+        files = [config.output_dir / file for file in before.get("files", ())]
+        if before.get("complete") and files and all(file.exists() for file in files):
             name = before["name"]
             say(f"export: {config.output_dir} holds this already, verified")
         else:
             with _clean(config.output_dir, is_new=is_new):
                 facts = _make(config, kind, base, name)
-                finish(config.output_dir, "export", identity, name=name, **facts)
+                adapter = adapter_hash(config.adapter_path)
+                finish(config.output_dir, "export", identity, name=name, adapter=adapter, **facts)
     _say_how_to_use(config, base, name)
     return config.output_dir
 
@@ -175,7 +177,7 @@ def _move_in(staging: Path, folder: Path) -> None:
             fsync_folder(path)
     for path in sorted(staging.iterdir()):
         if (folder / path.name).is_dir():  # of a run that was killed here
-            _remove(folder / path.name)
+            shutil.rmtree(folder / path.name)
         os.replace(path, folder / path.name)
     staging.rmdir()
     fsync_folder(folder)
@@ -298,13 +300,13 @@ def _load_back(
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
+    if config.format == "single_file":
+        return load_single_file(family, staging / f"{name}.safetensors", base).to(device)
+    fresh = _load(base, device) if config.format in LORA_FORMATS else None
     try:
-        if config.format == "merged":
+        if fresh is None:
             fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
-        elif config.format == "single_file":
-            fresh = load_single_file(family, staging / f"{name}.safetensors", base)
         else:
-            fresh = _load(base, device)
             file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
             fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:

@@ -1,6 +1,7 @@
 """What a safetensors file says before any weight of it is read, and what a file is that is none."""
 
 import json
+import re
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +21,12 @@ _DOWN = (
     ".lora_linear_layer.down.weight",
 )
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_OF_A_TRANSFORMER = ("transformer.", "lora_transformer_", "diffusion_model.double_blocks.", "diffusion_model.joint_")
-_OF_A_BARE_UNET = ("base_model.", "conv_", "time_embedding.", "down_blocks.", "mid_block.", "up_blocks.")
+_OF_A_TRANSFORMER = re.compile(
+    r"transformer\.|lora_transformer_|(?:diffusion_model\.|lora_unet_)(?:double_|single_|joint_)(?:transformer_)?blocks"
+)
+_OF_A_BARE_UNET = re.compile(
+    r"base_model\.|conv_|(?:time|add|class)_embedding\.|down_blocks\.|mid_block\.|up_blocks\."
+)
 _SHOWN_METADATA = ("ss_", "modelspec.")
 _MAX_SHOWN = 80
 
@@ -47,13 +52,13 @@ class FileFacts:
     def naming(self) -> str:
         """Whose names a LoRA's layers have; peft's are of a bare UNet, a transformer's of Flux or SD 3."""
         downs = [key for key in self.shapes if key.endswith(_DOWN)]
+        if any(_OF_A_TRANSFORMER.match(key) for key in downs):
+            return "transformer"
         if all(key.startswith(("lora_unet_", "lora_te")) for key in downs):
             return "kohya"
         if all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in downs):
             return "diffusers"
-        if all(key.startswith(_OF_A_TRANSFORMER) for key in downs):
-            return "transformer"
-        return "peft" if all(key.startswith(_OF_A_BARE_UNET) for key in downs) else "unknown"
+        return "peft" if all(_OF_A_BARE_UNET.match(key) for key in downs) else "unknown"
 
     @property
     def ranks(self) -> dict[str, int]:

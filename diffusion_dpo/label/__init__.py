@@ -55,11 +55,10 @@ def _opened(config: LabelConfig) -> Iterator[Study]:
     """Yield the study of a folder, which is ours while it lasts."""
     folder = config.output_dir
     source = config.path if config.data is None else config.data.model_dump().get("path")
-    if isinstance(source, Path):  # and not the name of a data set on the hub
-        if not source.exists():
-            raise ConfigError(f"there is no file or folder {source} to label")
-        if folder.resolve().is_relative_to(source.resolve()):
-            raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
+    if isinstance(source, Path) and not source.exists():  # a text may be the name of a data set on the hub
+        raise ConfigError(f"there is no file or folder {source} to label")
+    if source is not None and Path(source).exists() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
     identity = config.model_dump(mode="json", include=_DECIDES)
     with claim(folder, "label", identity):
         with atomic_path(folder / "config.yaml") as partial:  # without what lets others vote, who may read it

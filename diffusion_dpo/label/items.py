@@ -159,6 +159,8 @@ def _write_images(config: LabelConfig, folder: Path, pairs: Sequence[_Pair], num
     names: dict[str, str] = {}
     with progress("images", len(needed), "images") as advance:
         for uid, data in _read_images(config):
+            if not needed:
+                break
             if uid not in needed:
                 continue
             needed.remove(uid)

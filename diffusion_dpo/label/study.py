@@ -207,7 +207,9 @@ class Study:
                 self._add(event)
 
     def _hear(self, event: dict[str, Any]) -> None:
-        """Remember the key of a vote or an undo."""
+        """Remember the key of a vote or an undo; earlier versions gave an undo none."""
+        if "key" not in event:
+            return
         is_vote = event["event"] == "vote"
         rater = event["rater"]
         about = _task_id(event["item"], event["kind"]) if is_vote else self._heard.get((rater, event["vote"]), "")

@@ -97,6 +97,10 @@ class ModelFacts(Config):
     """Where it comes from, in words."""
     weights: str
     """Hash of its local weights."""
+    adapter: str = ""
+    """Hash of its adapter alone; empty without one."""
+    adapter_scale: float = 1.0
+    """Strength of its adapter."""
     labelled_by: tuple[str, ...] | None = ()
     """Metrics that labelled its training pairs; null where it was tuned and nothing says."""
     num_prompts_trained_on: int = Field(0, ge=0)

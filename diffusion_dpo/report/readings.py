@@ -22,7 +22,7 @@ from diffusion_dpo.report.held_out_readings import (
     past_its_best,
 )
 from diffusion_dpo.report.reading import Reading, beyond_chance, since_step
-from diffusion_dpo.report.training_log import Log, Point
+from diffusion_dpo.report.training_log import Curve, Log, Point, running_average
 
 LN_2 = math.log(2)
 FLAT = 0.01
@@ -90,15 +90,15 @@ def saturated(log: Log) -> Reading | None:
 
 
 def not_moved(log: Log) -> Reading | None:
-    """Whether a loss that began at ln 2 is still there, within FLAT."""
+    """Whether a loss that began at ln 2 is still there: within FLAT, or as far as its standard error can tell."""
     loss, accuracy = _loss_from_ln_2(log), _training_accuracy(log)
     if loss is None or accuracy is None or _has_moved(loss):
         return None
     more = "A larger learning_rate, or more steps; `diffusion-dpo train --find-beta` recommends one"
-    if beyond_chance(accuracy) == 0:
+    if beyond_chance(accuracy) <= 0:
         return Reading(
             "bad",
-            f"The loss is still ln 2 ({with_error(loss, 4)}) and the training accuracy at chance "
+            f"The loss is still ln 2 ({with_error(loss, 4)}) and the training accuracy no better than chance "
             f"({with_error(accuracy)}): nothing was learned.",
             more,
             clause="nothing was learned",
@@ -200,8 +200,9 @@ def begins_at_ln_2(log: Log) -> bool:
 
 
 def _loss_from_ln_2(log: Log) -> Point | None:
-    """Return the running average of a loss that began at ln 2, None for others."""
-    return _average(log, "loss") if begins_at_ln_2(log) else None
+    """Return the running average of a loss that began at ln 2, None for others; the first step is not in it."""
+    steps, values = log.finite("loss")
+    return _last(running_average(Curve(steps[1:], values[1:]))) if begins_at_ln_2(log) else None
 
 
 def _has_moved(loss: Point) -> bool:
@@ -209,9 +210,9 @@ def _has_moved(loss: Point) -> bool:
 
 
 def _training_accuracy(log: Log) -> Point | None:
-    return _average(log, "rewards/accuracies")
+    return _last(log.smooth("rewards/accuracies"))
 
 
-def _average(log: Log, name: str) -> Point | None:
-    curve, errors = log.smooth(name)
+def _last(average: tuple[Curve, np.ndarray]) -> Point | None:
+    curve, errors = average
     return Point(int(curve.steps[-1]), float(curve.values[-1]), float(errors[-1])) if len(curve.steps) else None

@@ -101,7 +101,7 @@ def implicit_accuracy(model: str, accuracy: Point) -> Sign:
     """
     side, interval = 0, None
     sentence = f"on held-out pairs it prefers the chosen image in {words.percent(accuracy.value)}"
-    if accuracy.standard_error:
+    if accuracy.standard_error is not None:
         half = 1.96 * accuracy.standard_error
         interval = (max(0.0, accuracy.value - half), min(1.0, accuracy.value + half))
         side = (interval[0] > 0.5) - (interval[1] < 0.5)

@@ -71,6 +71,9 @@ def verdict(result: MetricResult) -> str:
     """Return `better`, `worse`, `unclear` (the interval includes zero, or there is none) or `same` (all pairs tie)."""
     if result.num_pairs and result.ties == result.num_pairs:
         return "same"
+    if result.role == "human":  # of votes the win rate is what is shown
+        low, high = result.win_rate_interval or (0.0, 1.0)
+        return "unclear" if low <= 0.5 <= high else "better" if low > 0.5 else "worse"
     if result.mean_difference_interval is None:
         return "unclear"
     low, high = result.mean_difference_interval
@@ -105,8 +108,8 @@ def detail(result: MetricResult) -> str:
         missing = "vote" if result.role == "human" else "score"
         return f"all {result.num_missing} pairs are missing a {missing}"
     if result.role == "human":
-        share = f"{percent(result.win_rate)} of {count(result.num_pairs, 'pairs')} for {result.model}"
-        return f"{share}, 95{NBSP}% interval {win_interval(result)}"
+        wins = f"win rate {percent(result.win_rate)}, 95{NBSP}% interval {win_interval(result)}"
+        return f"{wins}, {count(result.num_pairs, 'pairs')}"
     if verdict(result) == "same":
         return f"all {count(result.num_pairs, 'pairs')} tie"
     parts = [number(result.mean_difference, places_of(result), signed=True)]

@@ -122,9 +122,14 @@ def test_check_names_another_family(
     code, text = check(bases["sd"], capsys, f"pretrained={bases['xl']}")
     assert code == 2 and "they are of different families" in text
     file = tmp_path / "flux.safetensors"
-    save_file({f"transformer.blocks.0.to_q.lora_{it}.weight": torch.ones(2, 2) for it in "AB"}, file)
-    code, text = check(file, capsys, f"pretrained={bases['sd']}")
-    assert code == 2 and "is for a model with a transformer" in text
+    for layer in (
+        "transformer.blocks.0.to_q",
+        "diffusion_model.single_blocks.0.linear1",
+        "lora_unet_double_blocks_0_img_attn_qkv",
+    ):
+        save_file({f"{layer}.lora_{it}.weight": torch.ones(2, 2) for it in "AB"}, file)
+        code, text = check(file, capsys)
+        assert code == 2 and "is for a model with a transformer" in text, layer
     pipeline = StableDiffusionPipeline.from_pretrained(bases["sd"])
     pipeline.unet.conv_out.weight.data.fill_(torch.nan)
     pipeline.unet.save_pretrained(tmp_path / "unet")

@@ -183,6 +183,11 @@ def test_a_file_that_was_moved_away_is_made_again(made: Callable[[str, str], Mad
     before = (out / "sd-plain.safetensors").rename(tmp_path / "mine.safetensors").read_bytes()
     run(model, out, "format=kohya")
     assert (out / "sd-plain.safetensors").read_bytes() == before
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["files"]  # as an earlier version left it
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    run(model, out, "format=kohya")
+    assert json.loads((out / "manifest.json").read_text())["files"] == ["sd-plain.safetensors"]
 
 
 def test_a_rerun_finds_it_there_and_another_is_refused(

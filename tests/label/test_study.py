@@ -286,3 +286,12 @@ def test_two_people_may_use_one_key(tmp_path: Path) -> None:
     study.undo("bob", key="undo-of-bob")
     assert [event["rater"] for event in study.standing()] == ["ann"]
     assert open_study(config).standing() == study.standing()
+
+
+def test_an_undo_without_a_key_is_one_of_an_earlier_version(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    study = open_study(config)
+    answer(study, "ann", study.tasks("ann", 1)[0], key="a-vote")
+    with (config.output_dir / "votes.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"event": "undo", "vote": "a-vote", "rater": "ann", "time": 1.0}\n')
+    assert open_study(config).standing() == []

@@ -187,11 +187,15 @@ def test_it_is_said_where_nothing_says_what_labelled() -> None:
     [
         (
             np.ones((64, 1)),
-            "people preferred tuned (100\u00a0% of 64 pairs for tuned, 95\u00a0% interval 94\u00a0% to 100\u00a0%)",
+            "people preferred tuned (win rate 100\u00a0%, 95\u00a0% interval 94\u00a0% to 100\u00a0%, 64 pairs)",
         ),
-        (-np.ones((64, 1)), "people preferred the baseline (0\u00a0% of 64 pairs"),
-        (np.tile([[1.0], [-1.0]], (32, 1)), "people preferred neither measurably (50\u00a0% of 64 pairs"),
-        (np.zeros((64, 1)), "people preferred neither (50\u00a0% of 64 pairs"),
+        (-np.ones((64, 1)), "people preferred the baseline (win rate 0\u00a0%"),
+        (np.tile([[1.0], [-1.0]], (32, 1)), "people preferred neither measurably (win rate 50\u00a0%"),
+        (
+            np.tile([[1.0], [-1 / 3]], (32, 1)),
+            "people preferred neither measurably (win rate 50\u00a0%",
+        ),  # three raters
+        (np.zeros((64, 1)), "people preferred neither (win rate 50\u00a0%"),
     ],
 )
 def test_what_people_said_is_said_as_a_preference(votes: np.ndarray, text: str) -> None:
