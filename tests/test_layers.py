@@ -16,7 +16,8 @@ LAYERS = [
     {"registry", "interrupt"},
     {"config", "settings", "yaml_dialect", "files", "console", "pocket", "device", "processes"},
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
-    {"mixture", "sampling", "report", "card", "pairing", "scoring"},
+    {"mixture", "sampling", "report", "pairing", "scoring"},
+    {"card"},
     {"training", "exporting"},
     {"comparing"},
     {
