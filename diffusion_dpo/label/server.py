@@ -55,17 +55,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -> Starlette:
     """Return the application; `hosts` are the values of the Host header that are ours."""
-    pages = Environment(
-        loader=PackageLoader("diffusion_dpo.label", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    busy = asyncio.Lock()
-
-    def page(name: str, **values: Any) -> Response:
-        return HTMLResponse(pages.get_template(name).render(words=words, **values))
+    site = _Site(study, folder, token)
 
     async def guard(request: Request, proceed: Handler) -> Response:
         response = _refusal(request, token, hosts) or await proceed(request)
@@ -73,88 +63,16 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
             response.headers.setdefault(name, value)
         return response
 
-    async def home(request: Request) -> Response:
-        if "token" in request.query_params:  # checked by the guard: from here on it is a cookie
-            response: Response = HTMLResponse(_ONWARD)
-            response.set_cookie(_cookie("token", request), token, httponly=True, samesite="strict")
-            return response
-        rater = _rater(request)
-        if rater is None:
-            return page("name.html.j2", rater="")
-        return page("label.html.j2", rater=rater, study=study.name, reasons=REASONS)
-
-    async def who(request: Request) -> Response:
-        return page("name.html.j2", rater=_rater(request) or "")
-
-    async def name(request: Request) -> Response:
-        given = (await _body(request)).get("name")
-        if not isinstance(given, str) or not _NAME.fullmatch(given.strip()):
-            return _problem(400, "a name is 1 to 40 letters, digits, spaces, dots, dashes or @")
-        response = JSONResponse({"rater": given.strip()})
-        value = given.strip().encode().hex()
-        response.set_cookie(_cookie("rater", request), value, httponly=True, samesite="strict", max_age=365 * 86400)
-        return response
-
-    async def upcoming(request: Request) -> Response:
-        rater = _known_rater(request)
-        async with busy:
-            return JSONResponse(_state(study, rater))
-
-    async def vote(request: Request) -> Response:
-        rater, body = _known_rater(request), await _body(request)
-        answer, reason, key, task = (body.get(name, "") for name in ("answer", "reason", "key", "task"))
-        seconds = body.get("seconds", 0.0)
-        if not all(isinstance(it, str) for it in (answer, reason, key, task)) or not _KEY.fullmatch(key):
-            return _problem(400, "a vote needs the texts `task`, `answer` and `key`")
-        if answer not in (*SIDES, *CHOICES[2:]) or (answer == "skip" and reason not in REASONS):
-            return _problem(400, f"an answer is one of left, right, tie, both_bad, or skip with {', '.join(REASONS)}")
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
-            return _problem(400, "`seconds` must be a number from 0 on")
-        async with busy:
-            study.vote(rater, task, answer, key=key, reason=reason, seconds=float(seconds))
-            return JSONResponse(_state(study, rater))
-
-    async def undo(request: Request) -> Response:
-        rater, key = _known_rater(request), (await _body(request)).get("key")
-        if not isinstance(key, str) or not _KEY.fullmatch(key):
-            return _problem(400, "an undo needs the text `key`")
-        async with busy:
-            task = study.undo(rater, key=key)
-            return JSONResponse({"undone": _shown(task)} | _state(study, rater))
-
-    async def image(request: Request) -> Response:
-        name = request.path_params["name"]
-        file = folder / IMAGES / f"{name}.png"
-        if not re.fullmatch(r"[0-9a-f]{32}", name) or not file.exists():
-            return _problem(404, "there is no such image here")
-        # No FileResponse: the time of a file, in its headers, tells which image of a pair was written first.
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            return _problem(500, f"this image cannot be read: {error.strerror}")
-        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
-
-    async def asset(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in _ASSETS:
-            return _problem(404, "there is no such file here")
-        home = Path(__file__).parents[1] / ("report" if name == "report.css" else "label")
-        return FileResponse(home / name, media_type=_ASSETS[name])
-
-    async def results(request: Request) -> Response:
-        async with busy:
-            return page("results.html.j2", rater=_rater(request), results=results_of(study))
-
     routes = [
-        Route("/", home),
-        Route("/name", who, methods=["GET"]),
-        Route("/name", name, methods=["POST"]),
-        Route("/next", upcoming),
-        Route("/vote", vote, methods=["POST"]),
-        Route("/undo", undo, methods=["POST"]),
-        Route("/results", results),
-        Route("/image/{name}", image),
-        Route("/static/{name}", asset),
+        Route("/", site.home),
+        Route("/name", site.who, methods=["GET"]),
+        Route("/name", site.name, methods=["POST"]),
+        Route("/next", site.upcoming),
+        Route("/vote", site.vote, methods=["POST"]),
+        Route("/undo", site.undo, methods=["POST"]),
+        Route("/results", site.results),
+        Route("/image/{name}", site.image),
+        Route("/static/{name}", site.asset),
     ]
     handlers: Any = {
         UnknownTask: lambda request, error: _problem(404, str(error)),
@@ -166,6 +84,104 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
     return Starlette(
         routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)], exception_handlers=handlers
     )
+
+
+class _Site:
+    """What each address answers to whoever has passed the guard."""
+
+    def __init__(self, study: Study, folder: Path, token: str) -> None:
+        self.study = study
+        self.folder = folder
+        self.token = token
+        self.busy = asyncio.Lock()
+        """Held by whoever looks at the study or changes it."""
+        self.pages = Environment(
+            loader=PackageLoader("diffusion_dpo.label", "."),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+
+    def page(self, template: str, **values: Any) -> Response:
+        return HTMLResponse(self.pages.get_template(template).render(words=words, **values))
+
+    def state(self, rater: str) -> dict[str, Any]:
+        tasks = self.study.tasks(rater, _AHEAD)
+        done, total = self.study.progress(rater)
+        return {"tasks": [_shown(task) for task in tasks], "done": done, "total": total}
+
+    async def home(self, request: Request) -> Response:
+        if "token" in request.query_params:  # checked by the guard: from here on it is a cookie
+            response: Response = HTMLResponse(_ONWARD)
+            response.set_cookie(_cookie("token", request), self.token, httponly=True, samesite="strict")
+            return response
+        rater = _rater(request)
+        if rater is None:
+            return self.page("name.html.j2", rater="")
+        return self.page("label.html.j2", rater=rater, study=self.study.name, reasons=REASONS)
+
+    async def who(self, request: Request) -> Response:
+        return self.page("name.html.j2", rater=_rater(request) or "")
+
+    async def name(self, request: Request) -> Response:
+        given = (await _body(request)).get("name")
+        if not isinstance(given, str) or not _NAME.fullmatch(given.strip()):
+            return _problem(400, "a name is 1 to 40 letters, digits, spaces, dots, dashes or @")
+        response = JSONResponse({"rater": given.strip()})
+        value = given.strip().encode().hex()
+        response.set_cookie(_cookie("rater", request), value, httponly=True, samesite="strict", max_age=365 * 86400)
+        return response
+
+    async def upcoming(self, request: Request) -> Response:
+        rater = _known_rater(request)
+        async with self.busy:
+            return JSONResponse(self.state(rater))
+
+    async def vote(self, request: Request) -> Response:
+        rater, body = _known_rater(request), await _body(request)
+        answer, reason, key, task = (body.get(name, "") for name in ("answer", "reason", "key", "task"))
+        seconds = body.get("seconds", 0.0)
+        if not all(isinstance(it, str) for it in (answer, reason, key, task)) or not _KEY.fullmatch(key):
+            return _problem(400, "a vote needs the texts `task`, `answer` and `key`")
+        if answer not in (*SIDES, *CHOICES[2:]) or (answer == "skip" and reason not in REASONS):
+            return _problem(400, f"an answer is one of left, right, tie, both_bad, or skip with {', '.join(REASONS)}")
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
+            return _problem(400, "`seconds` must be a number from 0 on")
+        async with self.busy:
+            self.study.vote(rater, task, answer, key=key, reason=reason, seconds=float(seconds))
+            return JSONResponse(self.state(rater))
+
+    async def undo(self, request: Request) -> Response:
+        rater, key = _known_rater(request), (await _body(request)).get("key")
+        if not isinstance(key, str) or not _KEY.fullmatch(key):
+            return _problem(400, "an undo needs the text `key`")
+        async with self.busy:
+            task = self.study.undo(rater, key=key)
+            return JSONResponse({"undone": _shown(task)} | self.state(rater))
+
+    async def image(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        file = self.folder / IMAGES / f"{name}.png"
+        if not re.fullmatch(r"[0-9a-f]{32}", name) or not file.exists():
+            return _problem(404, "there is no such image here")
+        # No FileResponse: the time of a file, in its headers, tells which image of a pair was written first.
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            return _problem(500, f"this image cannot be read: {error.strerror}")
+        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400"})
+
+    async def asset(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _ASSETS:
+            return _problem(404, "there is no such file here")
+        home = Path(__file__).parents[1] / ("report" if name == "report.css" else "label")
+        return FileResponse(home / name, media_type=_ASSETS[name])
+
+    async def results(self, request: Request) -> Response:
+        async with self.busy:
+            return self.page("results.html.j2", rater=_rater(request), results=results_of(self.study))
 
 
 class _BadRequest(ValueError):  # noqa: N818 - it names the request
@@ -224,12 +240,6 @@ async def _body(request: Request) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise _BadRequest(400, "the request must be a JSON object")
     return found
-
-
-def _state(study: Study, rater: str) -> dict[str, Any]:
-    tasks = study.tasks(rater, _AHEAD)
-    done, total = study.progress(rater)
-    return {"tasks": [_shown(task) for task in tasks], "done": done, "total": total}
 
 
 def _shown(task: Task) -> dict[str, Any]:
