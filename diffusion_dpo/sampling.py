@@ -1,5 +1,6 @@
 """Images from prompts: one seed per (prompt, index), and the same noise for every model, device and batch."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -76,9 +77,16 @@ def _hash_of(roots: Sequence[Path]) -> str:
             [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
         )
         for file in files:
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            state = file.stat()
+            digest.update(f"{file.name} {_file_hash(file.resolve(), state.st_size, state.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=256)
+def _file_hash(file: Path, size: int, mtime_ns: int) -> str:
+    """Hash a file, once as long as it stays as it is: many models of a comparison share a base of gigabytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_scheduler(pipeline: "DiffusionPipeline", name: str) -> Any:
