@@ -48,8 +48,7 @@ def run(config: CompareConfig) -> Path:
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts, held_out=True)
     refuse_unusable(config, prompts)
     refuse_unknown(config)
-    if config.human is not None:
-        read_votes(config.human)
+    votes = read_votes(config.human) if config.human is not None else []
     processes = Processes.join(config.device)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
@@ -70,7 +69,7 @@ def run(config: CompareConfig) -> Path:
         if processes.is_main:
             scores, distances = judge(config, wall, roles_of(config, lineup))
             if config.human is not None:
-                scores += votes_as_scores(config.human, wall)
+                scores += votes_as_scores(votes, wall, config.human)
             report = _report(config, lineup, wall, scores, distances, device, identity)
             write_report(config.output_dir, report, scores, _gallery(config, wall), embed=config.embed_images)
             shards = {

@@ -101,7 +101,7 @@ def judge_shares(config: CompareConfig, wall: Wall, processes: Processes) -> Non
     apart = [*_diversity(config, wall).values()]
     tasks = _judges(config, wall)
     if config.distance is not None:
-        tasks.append(_distance(config, config.distance, _beside_baseline(wall)))
+        tasks.append(_distance(config, _beside_baseline(wall)))
     for task in tasks:
         if mine := list(processes.share(task.units)):
             _run(config, replace(task, units=mine))
@@ -127,7 +127,7 @@ def judge(
         return scores, None
     metric = config.distance.metrics[0]
     beside = _beside_baseline(wall)
-    verdicts = iter(_run(config, _distance(config, config.distance, beside)))
+    verdicts = iter(_run(config, _distance(config, beside)))
     distances = {}
     for name, units in beside.items():
         raw = np.array([it[metric.name].value for it in islice(verdicts, sum(unit.num_images for unit in units))])
@@ -159,9 +159,10 @@ def _beside_baseline(wall: Wall) -> dict[str, list[Unit]]:
     return beside
 
 
-def _distance(config: CompareConfig, scorer: Scorer, beside: dict[str, list[Unit]]) -> _Task:
+def _distance(config: CompareConfig, beside: dict[str, list[Unit]]) -> _Task:
     """The judge of distance before all of these."""
-    return _Task(scorer, list(chain(*beside.values())), config.output_dir / "scores" / "distance")
+    assert config.distance is not None
+    return _Task(config.distance, list(chain(*beside.values())), config.output_dir / "scores" / "distance")
 
 
 def _run(config: CompareConfig, task: _Task) -> list[dict[str, Verdict]]:

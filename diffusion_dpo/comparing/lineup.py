@@ -90,18 +90,27 @@ def implicit_accuracy(compared: Compared) -> Point | None:
 
 
 def _compared(name: str, model: ImageModel, config: CompareConfig) -> Compared:
-    if model.adapter_path is None:
+    path = model.adapter_path
+    if path is None:
         labelled_by = () if name == BASELINE else config.trained_on or ()
         return Compared(name, model, weights_hash(model), labelled_by=labelled_by)
-    run, facts = training_facts(model.adapter_path)
-    lineage = frozenset(facts.get("lineage", ()))
+    run, facts = training_facts(path)
     known = config.trained_on if config.trained_on is not None else tuple(facts.get("labelled_by", ())) or None
     step = None
-    if is_checkpoint(model.adapter_path):
-        step = int(model.adapter_path.name.partition("-")[2])
-        model = model.model_copy(update={"adapter_path": _adapter_of(config, model.adapter_path)})
-    assert model.adapter_path is not None
-    return Compared(name, model, weights_hash(model), adapter_hash(model.adapter_path), run, step, known, lineage)
+    if is_checkpoint(path):
+        step = int(path.name.partition("-")[2])
+        path = _adapter_of(config, path)
+        model = model.model_copy(update={"adapter_path": path})
+    return Compared(
+        name,
+        model,
+        weights_hash(model),
+        adapter_hash(path),
+        trained_by=run,
+        step=step,
+        labelled_by=known,
+        lineage=frozenset(facts.get("lineage", ())),
+    )
 
 
 def _write_adapter(config: CompareConfig, checkpoint: Path) -> None:

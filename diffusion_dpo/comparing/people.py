@@ -1,27 +1,28 @@
 """People's votes on the images of a comparison, as a metric beside the judges'."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from diffusion_dpo.comparing import Wall
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data.votes import read_votes
+from diffusion_dpo.data.votes import Vote
 from diffusion_dpo.report import BASELINE, MetricScores
 
 _VALUES = {"first": -1.0, "tie": 0.0, "both_bad": 0.0, "second": 1.0}
 NAME = "people"
 
 
-def votes_as_scores(folder: Path, wall: Wall) -> list[MetricScores]:
+def votes_as_scores(votes: Iterable[Vote], wall: Wall, folder: Path) -> list[MetricScores]:
     """Return what people chose as a metric: the baseline is 0, a model 1 where all chose its image, -1 where none did.
 
     Votes on one pair are averaged; a tie, or both bad, is 0; a pair that nobody saw, or that was skipped, is NaN.
-    Raises ConfigError where no vote is on these images.
+    Raises ConfigError, naming the folder that they are from, where no vote is on these images.
     """
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for vote in read_votes(folder):
+    for vote in votes:
         if vote.choice in _VALUES:
             found[vote.prompt, vote.first_uid, vote.second_uid].append(_VALUES[vote.choice])
     uids = {

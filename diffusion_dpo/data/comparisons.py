@@ -29,8 +29,11 @@ def is_comparison(folder: Path) -> bool:
     return folder.is_dir() and read_manifest(folder).get("made_by") == "compare"
 
 
-def read_comparison(folder: Path) -> Iterator[ComparedPair]:
-    """Yield the pairs of a finished comparison, model by model; raises ConfigError when it is none or not finished."""
+def read_comparison(folder: Path, *, images: bool = True) -> Iterator[ComparedPair]:
+    """Yield the pairs of a finished comparison, model by model; raises ConfigError when it is none or not finished.
+
+    Without `images`, they are read without their pixels.
+    """
     manifest = read_manifest(folder)
     if manifest.get("made_by") != "compare" or not manifest.get("complete") or "shards" not in manifest:
         raise ConfigError(f"{folder} is not a finished comparison; run the command that made it again")
@@ -39,8 +42,8 @@ def read_comparison(folder: Path) -> Iterator[ComparedPair]:
     for name in others:
         for ours, theirs in zip(shards[baseline], shards[name], strict=True):
             index = int(Path(ours).stem.split("-")[1])
-            pairs = zip(unit(folder / ours).read(), unit(folder / theirs).read(), strict=True)
-            for first, second in pairs:
+            both = (unit(folder / shard).read(images=images) for shard in (ours, theirs))
+            for first, second in zip(*both, strict=True):
                 yield ComparedPair(first.prompt, first.prompt_id, index, name, first, second)
 
 

@@ -92,7 +92,7 @@ def _choose(config: LabelConfig, found: Iterable[_Pair]) -> list[_Pair]:
 def _find(config: LabelConfig) -> Iterator[_Pair]:
     """Yield every pair that may be asked about."""
     if _is_comparison(config):
-        for pair in read_comparison(config.path):
+        for pair in read_comparison(config.path, images=False):
             yield pair.prompt, pair.baseline.uid, pair.other.uid, pair.model
         return
     source = _source(config)
@@ -166,9 +166,10 @@ def _write_images(config: LabelConfig, folder: Path, pairs: Sequence[_Pair], num
             needed.remove(uid)
             advance()
             try:
-                names[uid] = _write(folder, decode_rgb(data))
+                image = decode_rgb(data)
+                names[uid] = _write(folder, image)
                 if uid in checked:
-                    names[_RUINED + uid] = _write(folder, _ruin(decode_rgb(data)))
+                    names[_RUINED + uid] = _write(folder, _ruin(image))
             except BrokenImage as error:
                 warn(f"left out what is asked of image {uid}: {error}")
     return names

@@ -22,7 +22,7 @@ from diffusion_dpo.report.held_out_readings import (
     past_its_best,
 )
 from diffusion_dpo.report.reading import Reading, beyond_chance, since_step
-from diffusion_dpo.report.training_log import Curve, Log, Point, running_average
+from diffusion_dpo.report.training_log import Curve, Log, Point
 
 LN_2 = math.log(2)
 FLAT = 0.01
@@ -201,8 +201,7 @@ def begins_at_ln_2(log: Log) -> bool:
 
 def _loss_from_ln_2(log: Log) -> Point | None:
     """Return the running average of a loss that began at ln 2, None for others; the first step is not in it."""
-    steps, values = log.finite("loss")
-    return _last(running_average(Curve(steps[1:], values[1:]))) if begins_at_ln_2(log) else None
+    return _last(log.smooth("loss", skip=1)) if begins_at_ln_2(log) else None
 
 
 def _has_moved(loss: Point) -> bool:

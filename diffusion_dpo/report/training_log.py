@@ -44,7 +44,7 @@ class Log:
     num_steps: int = 0
     notes: tuple[str, ...] = ()
     """What of the file could not be read, each in a sentence."""
-    _smooth: dict[str, tuple[Curve, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
+    _smooth: dict[tuple[str, int], tuple[Curve, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def curve(self, name: str) -> Curve:
         """Return a metric, empty where the run has none of that name."""
@@ -68,11 +68,15 @@ class Log:
         points = self.points(name)
         return points[-1] if points else None
 
-    def smooth(self, name: str) -> tuple[Curve, np.ndarray]:
-        """Return the running average of a metric, as training watches it, and its standard error, of one shape."""
-        if name not in self._smooth:
-            self._smooth[name] = running_average(self.finite(name))
-        return self._smooth[name]
+    def smooth(self, name: str, *, skip: int = 0) -> tuple[Curve, np.ndarray]:
+        """Return the running average of a metric, as training watches it, and its standard error, of one shape.
+
+        `skip` leaves out the first values.
+        """
+        if (name, skip) not in self._smooth:
+            steps, values = self.finite(name)
+            self._smooth[name, skip] = running_average(Curve(steps[skip:], values[skip:]))
+        return self._smooth[name, skip]
 
     @cached_property
     def noise_levels(self) -> list[str]:

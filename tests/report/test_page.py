@@ -44,7 +44,7 @@ def test_hostile_text_makes_no_element(page: str) -> None:
 
 def test_nothing_comes_from_outside(page: str) -> None:
     links = [value for _, attributes in Elements(page).tags for name, value in attributes.items() if name == "href"]
-    assert links == ["#selection"]
+    assert links == ["#wall"]
     assert "url(" not in page and "@import" not in page and "//" not in re.sub(r"base64,[^\"]*|//[^\n]*\n", "", page)
     assert "default-src &#39;none&#39;" in page and "img-src data:;" in page and "unsafe" not in page
 
