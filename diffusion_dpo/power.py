@@ -20,8 +20,9 @@ def run(config: CompareConfig, win_rate: float) -> int:
             raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
         head = words.headline(report)
         spread = head.win_rate_std
-        if spread:  # otherwise all prompts tie, or all are won
-            source = f"with {report.seeds_per_prompt} seeds a prompt, prompts differing as in {path}, by {head.name}"
+        source = f"with {report.seeds_per_prompt} seeds a prompt, prompts differing as in {path}, by {head.name}"
+        if not spread:  # all prompts tie, or all are won
+            source = f"one seed a prompt and no ties assumed; in {path} prompts do not differ by {head.name}"
     try:
         needed = prompts_needed(win_rate, spread)
     except ValueError as error:

@@ -98,7 +98,7 @@ def _pack(config: PushConfig) -> _Parcel:
     parcel.files["README.md"] = _card(config, train, manifest, shown)
     settings = train.model_dump(mode="json")
     if "pretrained" in settings["model"]:
-        settings["model"]["pretrained"] = manifest.get("base") or public_base(train)
+        settings["model"]["pretrained"] = public_base(train, manifest)
     text = yaml.dump(scrub(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
     parcel.files["training_config.yaml"] = text.encode()
     return parcel
@@ -159,8 +159,8 @@ def _card(config: PushConfig, train: TrainConfig, facts: Mapping[str, Any], show
     text = file.read_text(encoding="utf-8") if file.exists() else None
     if text is None or text == local_card(train, shown.kind, facts):
         return card_text(train, facts, shown, results=results).encode()
-    settings = _texts(train.model_dump(mode="json"))
-    for place in (*settings, str(config.path.resolve()), str(Path.home()), str(Path.cwd()), str(POCKET_DIR)):
+    texts = _texts(train.model_dump(mode="json"))
+    for place in (*texts, str(config.path.resolve()), str(Path.home()), str(Path.cwd()), str(POCKET_DIR)):
         if place.startswith("/") and len(place) > 1 and place in text:
             raise ConfigError(
                 f"{file} was edited, or written by another version, and names {place}, a folder of this machine; take "

@@ -114,7 +114,7 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
             "num_pairs": len(data) - num_held_out,
             "num_held_out": num_held_out,
             "drops": data.drops,
-            "base": public_base(config),
+            "base": public_base(config, {}),
             "labelled_by": source.labelled_by(),
             "lineage": sorted(source.lineage),
             "prompt_hashes": _prompt_hashes(data.prompt_keys),

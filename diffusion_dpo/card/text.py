@@ -67,7 +67,7 @@ def card_text(
     next_command: str | None = None,
 ) -> str:
     """Return the card as Markdown with YAML front matter; `facts` are those of the run's manifest."""
-    base = str(facts.get("base") or public_base(config))
+    base = public_base(config, facts)
     is_lora = shown.kind == "adapter"
     name = config.output_dir.name if shown.repo_id is None else shown.repo_id.rpartition("/")[2]
     what = "a LoRA of it" if is_lora else "its UNet, fully fine-tuned"
@@ -93,8 +93,13 @@ def plain(text: object) -> str:
     return _SPECIAL.sub(r"\\\1", line)
 
 
-def public_base(config: TrainConfig) -> str:
-    """Return the base's hub id; of a local folder its name alone. Training notes it, where it knows which it is."""
+def public_base(config: TrainConfig, facts: Mapping[str, Any]) -> str:
+    """Return the base's hub id; of a local folder its name alone.
+
+    Which of them it is, is seen from where training ran, and noted among the facts of its manifest.
+    """
+    if facts.get("base"):
+        return str(facts["base"])
     base = str(config.model.model_dump().get("pretrained", config.model.type))
     return base if is_hub_id(base) or base == "pocket" else Path(base).name
 
@@ -174,9 +179,9 @@ def _results(results: Results | None, next_command: str | None) -> str:
     rows = "\n".join(map(_row, results.metrics))
     return f"""## Results
 
-Against {against}, on {report.num_prompts} prompts x {report.seeds_per_prompt} seeds with the \
-same noise; 95 % intervals over prompts. A metric
-that labelled the training pairs is expected to rise; the held-out ones are the evidence.
+Against {against}, on {report.num_prompts} prompts x {report.seeds_per_prompt} seeds with the same noise; 95 %
+intervals over prompts. A metric that labelled the training pairs is expected to rise; the held-out ones are the
+evidence.
 
 | metric | role | win rate | mean difference | p (Holm) |
 |---|---|---|---|---|

@@ -33,7 +33,7 @@ from diffusion_dpo.exporting.lora import (
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
-from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, find_adapter, quiet
+from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
 from diffusion_dpo.sampling import adapter_hash, weights_hash
 from diffusion_dpo.settings import ExportConfig, ImageModel
@@ -86,7 +86,7 @@ def export_adapter(config: ExportConfig) -> Path:
             say(f"export: {config.output_dir} holds this already, verified")
         else:
             with _clean(config.output_dir, is_new=is_new):
-                facts = _make(config, kind, base, name)
+                facts = _make(config, kind, where, base, name)
                 adapter = adapter_hash(config.adapter_path)
                 finish(config.output_dir, "export", identity, name=name, adapter=adapter, **facts)
     _say_how_to_use(config, base, name)
@@ -130,7 +130,7 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dict[str, Any]:
+def _make(config: ExportConfig, kind: AdapterKind, where: Path, base: Base, name: str) -> dict[str, Any]:
     for left in config.output_dir.glob(".staging-*"):  # of a run that was killed
         shutil.rmtree(left)
     staging = config.output_dir / f".staging-{uuid.uuid4().hex[:8]}"
@@ -139,7 +139,7 @@ def _make(config: ExportConfig, kind: AdapterKind, base: Base, name: str) -> dic
     with progress("export", 4, "steps") as advance:
         pipeline = _load(base, device)
         advance(1, "the base")
-        tuned = _tune(config, pipeline)
+        tuned = _tune(config, kind, where, pipeline)
         if config.format not in LORA_FORMATS:
             with quiet():
                 tuned = _as_plain_weights(config, kind, pipeline, tuned)
@@ -193,12 +193,10 @@ def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
     return pipeline
 
 
-def _tune(config: ExportConfig, pipeline: "DiffusionPipeline") -> _Tuned:
-    assert config.adapter_path is not None
+def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "DiffusionPipeline") -> _Tuned:
     probe = Probe.of(pipeline)
     base = probe.ask(pipeline)
-    add_adapter(pipeline, config.adapter_path, scale=config.adapter_scale)
-    kind, where = find_adapter(config.adapter_path)
+    add_adapter(pipeline, where, scale=config.adapter_scale)
     layers = read_layers(pipeline, "adapter")
     if kind == "lora":
         require_complete(where, layers)
@@ -267,10 +265,9 @@ def _write(
     if config.format in LORA_FORMATS:
         header = model_header(pipeline, name, lora=True)
         every = [layer for of_part in layers.values() for layer in of_part.values()]
-        alphas = [layer.alpha for layer in every]
-        if config.format == "kohya":
+        ranks, alphas = [layer.rank for layer in every], [layer.alpha for layer in every]
+        if config.format == "kohya":  # in whose names all layers of a part have one
             alphas = [common_alpha(of_part) for of_part in layers.values()]
-        ranks = [layer.rank for layer in every]
         header |= kohya_header(pipeline, ranks, alphas, name=name, base=_public_name(base.pretrained))
         if config.format == "kohya":
             weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")

@@ -314,11 +314,12 @@ def test_a_tab_whose_person_has_left_keeps_the_vote_until_they_are_back(
 
 def test_keys_work_without_a_secure_context(tmp_path: Path, visit: Callable[..., Page]) -> None:
     """What a rater on another machine has: over plain HTTP a browser takes some functions away."""
-    with served(tmp_path) as (address, _):
+    with served(tmp_path) as (address, study):
         page = visit(address)
         page.evaluate("delete Crypto.prototype.randomUUID")
         page.keyboard.press("1")
         settled(page, 1)
+        assert [event["answer"] for event in log_of(study)] == ["left"]
 
 
 def test_the_next_pair_is_there_within_a_tenth_of_a_second(tmp_path: Path, visit: Callable[..., Page]) -> None:
