@@ -91,7 +91,8 @@ class _VerbCommand(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return what follows the verb in the usage line."""
-        return ["[PATH]" if self.name in ("inspect", "report") else "[CONFIG.yaml]", "[key=value ...]"]
+        first = {"inspect": "[PATH]", "report": "[PATH]", "train": "[CONFIG.yaml | PATH]"}
+        return [first.get(self.name or "", "[CONFIG.yaml]"), "[key=value ...]"]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage, the verb's one sentence, its options and its settings."""
@@ -133,6 +134,8 @@ def _train(
     if find_beta and dry_run:
         raise ConfigError("--find-beta and --dry-run are two different things; give one of them")
     path, overrides = _split(arguments or [])
+    if path is not None and Path(path).suffix.lower() not in (".yaml", ".yml"):
+        path, overrides = None, [f"data.path={json.dumps(path)}", *overrides]
     _run("dry_run" if dry_run else "find_beta" if find_beta else "train", load(VERBS["train"], path, overrides))
 
 

@@ -11,7 +11,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -36,6 +36,14 @@ class ConfigError(ValueError):
     """Something that the user has to mend: the message says what, where, which value, what to do."""
 
 
+_ALSO_PATHS = ("pretrained", "processor", "encoder", "path")
+"""Text settings that are a path or the name of something on the hub."""
+UNDECIDED = "auto"
+"""The type of a block whose type is found out later, and whose settings are those of any type."""
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins; with one slash where it has become a Path. One letter is a drive of Windows."""
+
+
 class Config(BaseModel):
     """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help."""
 
@@ -50,12 +58,16 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _expand_home(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read `~` as the home folder wherever a path is meant, as a shell would."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        a_path = info.field_name in ("pretrained", "processor", "encoder") or Path in (kind, *typing.get_args(kind))
-        tilde = isinstance(value, str | Path) and (str(value) == "~" or str(value).startswith("~/"))
-        return str(Path(value).expanduser()) if a_path and tilde else value
+    def _local_path(cls, value: Any, info: ValidationInfo) -> Any:
+        """Read `~` as the home folder wherever a path is meant, as a shell would, and refuse an address."""
+        name = str(info.field_name)
+        kind = cls.model_fields[name].annotation
+        a_path = name in _ALSO_PATHS or Path in (kind, *typing.get_args(kind))
+        if not a_path or not isinstance(value, str | Path):
+            return value
+        if _ADDRESS.match(str(value)):
+            raise ValueError("an address such as s3:// or file:// is no path; give a file or folder of this machine")
+        return str(Path(value).expanduser()) if str(value) == "~" or str(value).startswith("~/") else value
 
 
 class Plugin(Config):
@@ -72,13 +84,14 @@ class Plugin(Config):
 C = TypeVar("C", bound=Config)
 
 
-def plugin(table: str) -> Any:
+def plugin(table: str, *, otherwise: str | None = None) -> Any:
     """Return the annotation of a field that holds one plug-in of a registry table.
 
-    The value may be a block with `type`, a block without it (then of the field's default type), or the bare name of a
-    type where its defaults will do.
+    The value may be a block with `type`, a block without it (then of the field's default type, or of `otherwise`), or
+    the bare name of a type where its defaults will do.
     """
-    return Annotated[SerializeAsAny[Plugin], BeforeValidator(functools.partial(_build_plugin, table)), _Table(table)]
+    build = BeforeValidator(functools.partial(_build_plugin, table, otherwise))
+    return Annotated[SerializeAsAny[Plugin], build, _Table(table)]
 
 
 class _Table:
@@ -92,12 +105,13 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
     """Return the settings of a verb: defaults, then the YAML file, then the overrides (`a.b=value`, value as YAML).
 
     An override of `x.type` replaces the whole block x, whatever the order of the overrides, since the numbers of the
-    old block had other units. Raises ConfigError with one line per problem.
+    old block had other units; a block whose type was left open keeps them. Raises ConfigError with one line per
+    problem.
     """
     data = _name_types(cls, _read_yaml(Path(path))) if path is not None else {}
     parsed = [_split_override(text) for text in overrides]
     for keys, value in parsed:
-        if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) != value:
+        if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) not in (value, UNDECIDED):
             _set(data, keys[:-1], {"type": value})
     for keys, value in parsed:
         _set(data, keys, value)
@@ -133,6 +147,13 @@ def override(key: str, value: object) -> str:
 def command(verb: str, settings: Mapping[str, object]) -> str:
     """Return the line that runs a verb with these settings in a shell."""
     return shlex.join(["diffusion-dpo", verb, *(override(key, value) for key, value in settings.items())])
+
+
+def no_such_setting(name: str, known: Iterable[str]) -> PydanticCustomError:
+    """Return what a validator raises on a key that no setting has, with the nearest one of those known."""
+    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    problem = _Problem(name, "there is no such setting", near[0] if near else None)
+    return PydanticCustomError("plugin", "{problems}", {"problems": [problem]})
 
 
 class Setting(typing.NamedTuple):
@@ -226,10 +247,12 @@ def _name_types(cls: type[Config], data: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _build_plugin(table: str, value: Any) -> Plugin:
+def _build_plugin(table: str, otherwise: str | None, value: Any) -> Plugin:
     if isinstance(value, Plugin):
         return value
     block = {"type": value} if isinstance(value, str) else value
+    if isinstance(block, dict) and otherwise is not None:
+        block = {"type": otherwise, **block}
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         known = ", ".join(registry.TABLES[table])
         raise PydanticCustomError("plugin_type", "needs a `type` ({known})", {"known": known})
@@ -256,7 +279,9 @@ class _Problem(typing.NamedTuple):
     meant: str | None = None
 
     def within(self, block: str) -> "_Problem":
-        """Return the same problem as seen from outside a block."""
+        """Return the same problem as seen from outside a block; "" is no block."""
+        if not block:
+            return self
         key = f"{block}.{self.key}" if self.key else block
         return _Problem(key, self.text, self.meant and f"{block}.{self.meant}")
 

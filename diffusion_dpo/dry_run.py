@@ -17,6 +17,7 @@ import numpy as np
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data import PairSource, collect
+from diffusion_dpo.data.recognise import settle
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import setup
@@ -44,6 +45,7 @@ def run(config: TrainConfig) -> None:
         raise ConfigError("--dry-run runs in one process, and WORLD_SIZE is above 1; start it without a launcher")
     setup.refuse_contradictions(config)
     setup.name_ignored(config)
+    config = settle(config)
     device = pick_device(config.device)
     refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, show, warn
 from diffusion_dpo.data import PairSource, collect
+from diffusion_dpo.data.recognise import settle
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish, write_json
 from diffusion_dpo.losses import Loss
@@ -64,6 +65,7 @@ def run(config: TrainConfig) -> Path:
     beside = config.output_dir if config.output_dir.name else config.output_dir.resolve()
     folder = beside.with_name(beside.name + "-find-beta")
     refuse_contradictions(config)
+    config = settle(config)
     config = config.model_copy(update={"cache_dir": config.cache_dir or folder / "cache", "max_steps": NUM_STEPS})
     device = pick_device(config.device)
     refuse_optimizer(config, device)

@@ -8,8 +8,7 @@ from rich.text import Text
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data.contact_sheet import draw_sheet
-from diffusion_dpo.data.folder import METADATA
-from diffusion_dpo.data.recognise import recognise
+from diffusion_dpo.data.recognise import recognise_either
 from diffusion_dpo.files import atomic_path
 from diffusion_dpo.report.data_of_candidates import look_at_candidates
 from diffusion_dpo.report.data_of_pairs import look_at_pairs
@@ -21,13 +20,14 @@ PAGE, SHEET = "inspect.html", "contact-sheet.png"
 
 def run(config: InspectConfig) -> Path:
     """Print what is there; write it as a page, with a contact sheet beside it, and return the path of the page."""
-    path = config.path.parent if config.path.name == METADATA else config.path
-    if config.data is not None:
-        path = Path(str(config.data.model_dump().get("path", config.data.type)))
+    recognised = recognise_either(config.path, config.data)
+    path, source = recognised.path, recognised.source
+    if source is None and not recognised.are_candidates:
+        say(f"{path} is {recognised.kind}\n{recognised.advice}")
+        return path
     folder = config.output_dir or Path("runs/inspect") / path.resolve().stem
     if folder.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"output_dir {folder} lies inside {path}, where inspect writes nothing; choose another one")
-    source = config.data or recognise(path)
     if source is None:
         found = look_at_candidates(path, config.num_images)
     else:

@@ -7,6 +7,7 @@ import sys
 
 TABLES: dict[str, dict[str, str]] = {
     "data": {
+        "auto": "diffusion_dpo.data.recognise:AutoData",
         "pairs": "diffusion_dpo.data.pairs:PairsData",
         "pickapic": "diffusion_dpo.data.pickapic:PickapicData",
         "folder": "diffusion_dpo.data.folder:FolderData",

@@ -18,7 +18,9 @@ from diffusion_dpo.card.text import public_base
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PairSource, collect
+from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.prompts import key_hash
+from diffusion_dpo.data.recognise import settle
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import atomic_path, claim, finish
 from diffusion_dpo.models import DiffusionModel, LoadedModel
@@ -63,15 +65,17 @@ def run(config: TrainConfig) -> Path:
     """Train, or continue, or find that nothing is left to do; return the folder of the adapter or full UNet."""
     refuse_contradictions(config)
     name_ignored(config)
+    config = settle(config)
     processes = Processes.join(config.device)
     refuse_uneven(config, processes)
     refuse_launcher(config, processes)
     device = pick_device(config.device)
     refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)
+    data = _look_at_data(config) if processes.is_main else None  # before a model is loaded, which takes longer
     model = cast(DiffusionModel, config.model).load(device=device, dtype=dtype, seed=config.seed)
     try:
-        adapter = _run(config, model, dtype, processes)
+        adapter = _run(config, model, data, dtype, processes)
         processes.leave()
     except RuntimeError as error:
         raise explain_lost_process(error) or error from error
@@ -81,12 +85,22 @@ def run(config: TrainConfig) -> Path:
     return adapter
 
 
-def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processes: Processes) -> Path:
+def _index_dir(config: TrainConfig) -> Path:
+    return (config.cache_dir or config.output_dir / "cache") / "index"
+
+
+def _look_at_data(config: TrainConfig) -> Collected:
     source = cast(PairSource, config.data)
-    if not processes.is_main:
-        processes.wait()  # until the main process has checked the data and taken the folder
-    index_dir = (config.cache_dir or config.output_dir / "cache") / "index"
-    data = collect.collect(source, max_broken_share=config.max_broken_share, index_dir=index_dir)
+    return collect.collect(source, max_broken_share=config.max_broken_share, index_dir=_index_dir(config))
+
+
+def _run(
+    config: TrainConfig, model: LoadedModel, data: Collected | None, dtype: "torch.dtype", processes: Processes
+) -> Path:
+    source = cast(PairSource, config.data)
+    if data is None:
+        processes.wait()  # until the main process has looked at the data and taken the folder
+        data = _look_at_data(config)
     identity = {
         **config.model_dump(mode="json", exclude=_NOT_IDENTITY),
         "precision": str(dtype).removeprefix("torch."),
@@ -98,7 +112,7 @@ def _run(config: TrainConfig, model: LoadedModel, dtype: "torch.dtype", processe
         if processes.is_main:
             _write_text(config.output_dir / "config.yaml", dump(config))
             card.write_environment(config.output_dir / "environment.json")
-            data.save(index_dir)
+            data.save(_index_dir(config))
             processes.wait()
         if processes.from_main(data.fingerprint) != data.fingerprint:
             raise ConfigError("the processes read different data: give all of them the same files, on a disk all see")

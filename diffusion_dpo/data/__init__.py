@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion_dpo.config import Plugin
+
+if TYPE_CHECKING:
+    from diffusion_dpo.data.holding import Holding
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ class Dropped:
 
 class PairSource(Plugin):
     """A data set of preference pairs (`data.type`)."""
+
+    noun: ClassVar[str] = "preference pairs"
+    """What a path holds that this reads, in words."""
+
+    @classmethod
+    def recognise(cls, found: "Holding") -> dict[str, Any] | None:
+        """Return the settings beside `path` that read what was found; None when it is not of this kind.
+
+        No row is read for it: names and columns decide. `path` may be among the settings where it is another one.
+        """
+        return None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row once, in a stable order, as a pair or with the reason why it is none.

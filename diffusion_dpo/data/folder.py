@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.stamps import stamp_of
 
@@ -23,6 +24,11 @@ class FolderData(PairSource):
 
     path: Path
     """The folder; file names are relative to it and may not leave it."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {"path": found.root} if found.columns >= set(_KEYS) and found.is_text else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every line that is not blank."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.records import RecordData, read_records
 from diffusion_dpo.data.rows import is_number, make_pair, origin_of
 
@@ -19,9 +20,16 @@ class HPDv3Data(RecordData):
     first, so its place says nothing of how people saw the two, and no `position` is kept.
     """
 
+    noun: ClassVar[str] = "pairs in the columns of HPDv3"
+
     soft_labels: bool = False
     """Take `confidence`, from 0.5 to 1, as the probability that the first image is better. Off, because nobody said
     that HPDv3's own is one, and it is null in parts of the data."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= {"prompt", *_IMAGES} else None
 
     @property
     def lineage(self) -> frozenset[str]:

@@ -1,9 +1,10 @@
 """The JSON lines of invoke-training's preference data: two image files, a prompt, and which of them is preferred."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.records import RecordData, read_records
 from diffusion_dpo.data.rows import Ties, make_labelled_pair
 
@@ -14,8 +15,15 @@ _PREFER = ("prefer_0", "prefer_1")
 class InvokeData(RecordData):
     """Rows with `image_0`, `image_1` (file names), `prompt`, `prefer_0` and `prefer_1` (true, false; alike: a tie)."""
 
+    noun: ClassVar[str] = "pairs in the columns of invoke-training"
+
     ties: Ties = "drop"
     """keep trains on ties too, as pairs with label probability 0.5."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= {"prompt", *_IMAGES, *_PREFER} else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row."""

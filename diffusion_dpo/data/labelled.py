@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.folder import METADATA, count_metadata, named_files, read_inside, read_metadata
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.rows import make_labelled_image
 from diffusion_dpo.data.stamps import stamp_of
 
@@ -15,8 +17,15 @@ EXAMPLE = '{"prompt": "a cat", "image": "cat_1.png", "label": true}'
 class LabelledData(PairSource):
     """Single images with `prompt`, `image` and `label` (true: liked): Parquet, or files with a metadata.jsonl."""
 
+    noun: ClassVar[str] = "labelled images"
+
     path: Path
     """A Parquet file, a folder of them, or a folder with images and a metadata.jsonl."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= set(KEYS) else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; the side that is not there is empty."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.files import read_manifest
@@ -34,6 +35,11 @@ class PairsData(PairSource):
 
     path: Path = Path("runs/pairs")
     """A folder of pairs, or one Parquet file."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= set(_REQUIRED) and not found.is_text else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; ids are taken from the content, so that an edited file cannot carry stale ones."""

@@ -3,9 +3,10 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.pairs import labelled_by
 from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
 from diffusion_dpo.data.stamps import stamp_of
@@ -20,10 +21,17 @@ class PickapicData(PairSource):
     Where there are `has_label`, `label_1`, `model_0` and `model_1`, they are heeded.
     """
 
+    noun: ClassVar[str] = "pairs in the columns of Pick-a-Pic"
+
     path: Path
     """A Parquet file, or a folder of them."""
     ties: Ties = "drop"
     """keep trains on ties too, as pairs with label probability 0.5."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= set(_REQUIRED) and not found.is_text else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; a label between 0 and 1 becomes a soft label."""

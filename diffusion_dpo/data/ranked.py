@@ -4,9 +4,10 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from diffusion_dpo.data import Dropped, PreferencePair
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.records import RecordData, read_records
 from diffusion_dpo.data.rows import is_number, make_pair, prompt_fault
 
@@ -26,9 +27,16 @@ class RankedData(RecordData):
     the margin is the difference of the ranks. The ratings of ImageRewardDB are kept as scores.
     """
 
+    noun: ClassVar[str] = "ranked images"
+
     pairs: Literal["all", "best_worst", "adjacent"] = "all"
     """all: every two images of a prompt. best_worst: one pair a prompt; of equals, the first rows. adjacent: images
     with the next rank only."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.columns >= {"prompt", "rank"} and found.columns & set(_IMAGES) else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield the pairs of a prompt when its last row has come, or why there are none."""

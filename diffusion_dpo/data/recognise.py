@@ -1,55 +1,196 @@
-"""What a path holds: pairs of one kind or another, or candidates."""
+"""The one place that decides what a path holds; every verb that takes a path asks here.
+
+A reader of pairs says itself what it recognises (`PairSource.recognise`), and the readers are asked in the order of
+the registry's table. What is not pairs has a rule below.
+"""
 
 from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self, TypeVar
 
-from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data import PairSource
-from diffusion_dpo.data.candidates import IMAGE_SUFFIXES
-from diffusion_dpo.data.folder import EXAMPLE, METADATA, FolderData, read_metadata
-from diffusion_dpo.data.labelled import EXAMPLE as LABELLED_EXAMPLE
-from diffusion_dpo.data.labelled import KEYS as LABELLED_KEYS
-from diffusion_dpo.data.labelled import LabelledData
-from diffusion_dpo.data.pairs import PairsData
-from diffusion_dpo.data.pickapic import PickapicData
-from diffusion_dpo.data.shards import column_names
+from pydantic import ConfigDict, model_validator
 
-_EXPECTED = f"""Expected is one of
-  a folder with {METADATA} and image files, one line per pair, such as {EXAMPLE}
+from diffusion_dpo import registry
+from diffusion_dpo.config import Config, ConfigError, command, no_such_setting, validate
+from diffusion_dpo.console import say
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.holding import Holding, look_into
+
+C = TypeVar("C", bound=Config)
+
+_EXPECTED = """Expected is one of
+  a folder with metadata.jsonl and image files: {"prompt": "a cat", "chosen": "cat_1.png", "rejected": "cat_2.png"}
+  two folders, chosen/ and rejected/, with images of the same names, and their captions
   Parquet with the columns prompt, chosen, rejected (images as bytes): pairs
   the same with image and label (true: liked) instead of chosen and rejected: labelled images
   Parquet with the columns caption, jpg_0, jpg_1, label_0: Pick-a-Pic
   Parquet with the column image, or a folder of image files: candidates
-Anything else that `train` reads is named as there: diffusion-dpo inspect data.type=hpdv3 data.path=..."""
+All that is read is listed in docs/formats.md."""
 
 
-def recognise(path: Path) -> PairSource | None:
-    """Return the pairs that a path holds, None for candidates; ConfigError, saying what is there, for neither."""
-    if not path.exists():
-        raise ConfigError(f"there is no file or folder {path}; name one")
-    if (path / METADATA).is_file():
-        lines = read_metadata(path, LABELLED_KEYS, LABELLED_EXAMPLE)
-        if any(isinstance(entry, dict) for _, entry in lines):
-            return LabelledData(path=path, type="labelled")
-        return FolderData(path=path, type="folder")
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    parquet = [file for file in files if file.suffix == ".parquet" and not file.name.startswith("scores-")]
-    if parquet:
-        names = set(column_names(parquet[0]))
-        if names >= {"prompt", "chosen", "rejected"}:
-            return PairsData(path=path, type="pairs")
-        if names >= {"caption", "jpg_0", "jpg_1", "label_0"}:
-            return PickapicData(path=path, type="pickapic", ties="keep")
-        if names >= set(LABELLED_KEYS):
-            return LabelledData(path=path, type="labelled")
-        if "image" in names:
-            return None
+@dataclass(frozen=True)
+class Recognised:
+    """What a path holds, in words; and how to read it, where it holds pairs."""
+
+    path: Path
+    kind: str
+    """A noun: `preference pairs`, `candidates`, `a training run`."""
+    source: PairSource | None = None
+    """The reader, of pairs."""
+    advice: str = ""
+    """What to do with it, of our own folders: a command, or a sentence."""
+
+    @property
+    def are_candidates(self) -> bool:
+        """Whether it holds images to be judged."""
+        return self.kind == CANDIDATES
+
+
+CANDIDATES = "candidates"
+Rule = Callable[[Holding], Recognised | None]
+
+
+def recognise(path: Path, settings: dict[str, Any] | None = None) -> Recognised:
+    """Return what a path holds, without reading a row or an image; `settings` of `data` reach the reader of pairs.
+
+    Raises ConfigError, saying what is there and what is expected, when it is nothing that is known.
+    """
+    holding = look_into(path)
+    for rule in (_own_folder, _pairs, _candidates):
+        found = rule(holding)
+        if found is not None:
+            return _with_settings(found, settings or {})
+    raise ConfigError(_unknown(holding))
+
+
+class AutoData(PairSource):
+    """The layout that the path turns out to have; any setting of that layout may stand beside the path."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: Path = Path("runs/pairs")
+    """A file or folder of pairs, as `inspect` names it."""
+
+    @model_validator(mode="after")
+    def _settings_exist(self) -> Self:
+        given = self.model_extra or {}
+        known = {key for kind in _readers().values() for key in kind.model_fields} if given else set()
+        for name in given:
+            if name not in known:
+                raise no_such_setting(name, known)
+        return self
+
+    def recognised(self) -> PairSource:
+        """Return the reader of what the path holds; raises ConfigError when it holds no pairs."""
+        found = recognise(self.path, self.model_extra)
+        if found.source is None:
+            raise ConfigError(refusal(found, "preference pairs"))
+        return found.source
+
+    def read(self) -> Iterator[PreferencePair | Dropped]:
+        """Yield the rows of what the path holds."""
+        return self.recognised().read()
+
+
+def recognise_either(path: Path, source: PairSource | None) -> Recognised:
+    """Return what a verb is about that takes a `path`, or pairs as `train` does; raises ConfigError as `recognise`."""
+    if source is None:
+        return recognise(path)
+    if isinstance(source, AutoData):
+        return recognise(source.path if "path" in source.model_fields_set else path, source.model_extra)
+    return Recognised(Path(str(source.model_dump().get("path", source.type))), source.noun, source)
+
+
+def settle(config: C) -> C:
+    """Return settings whose `data` names its type; where it was left open, that of what the path holds, and say so.
+
+    Cheap: no row, image or model is read. Raises ConfigError when the path holds no pairs.
+    """
+    source = config.data  # type: ignore[attr-defined]  # of every verb that trains on or passes on pairs
+    if not isinstance(source, AutoData):
+        return config
+    found = source.recognised()
+    say(f"data: {source.path} holds {found.noun} (data.type={found.type})")
+    return config.model_copy(update={"data": found})
+
+
+def refusal(found: Recognised, wanted: str) -> str:
+    """Return the sentence on a path that holds something else than a verb wants."""
+    advice = found.advice or (f"look at it with: {command('inspect', {'path': found.path})}")
+    return f"{found.path} holds {found.kind}, and {wanted} are needed here; {advice}"
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+
+def _readers() -> dict[str, type[PairSource]]:
+    """The readers of the registry by name, in its order, which is that in which they are asked."""
+    names = (name for name in registry.TABLES["data"] if name != "auto")
+    return {name: registry.resolve("data", name) for name in names}
+
+
+def _pairs(holding: Holding) -> Recognised | None:
+    for view in holding.views():
+        for name, reader in _readers().items():
+            settings = reader.recognise(view)
+            if settings is not None:
+                source = reader.model_validate({"path": holding.path, **settings, "type": name})
+                return Recognised(holding.path, source.noun, source)
+    return None
+
+
+def _with_settings(found: Recognised, settings: dict[str, Any]) -> Recognised:
+    """Return the same with the settings that were given beside the path; raises ConfigError where it has no such."""
+    if found.source is None or not settings:
+        return found
+    own = found.source.model_dump(exclude_unset=True)
+    where = f"the settings of data ({found.path} holds {found.kind}: data.type={found.source.type})"
+    return Recognised(found.path, found.kind, validate(type(found.source), own | settings, where=where))
+
+
+def _candidates(holding: Holding) -> Recognised | None:
+    from diffusion_dpo.data.candidates import IMAGE_SUFFIXES
+
+    tables = [table for table in holding.tables if not table.is_text]
+    if any("image" in table.columns for table in tables):
+        return Recognised(holding.path, CANDIDATES)
+    if tables:
         raise ConfigError(
-            f"{parquet[0]} has the columns {', '.join(sorted(names))}, which are not ours; train on them with "
-            f"data.type=hub data.path={path} data.prompt_column=... (see `diffusion-dpo train --help`).\n{_EXPECTED}"
+            f"{tables[0].files[0]} has the columns {', '.join(sorted(tables[0].columns))}, which are not ours; train "
+            f"on them with data.type=hub data.path={holding.path} data.prompt_column=... (see `diffusion-dpo train "
+            f"--help`).\n{_EXPECTED}"
         )
-    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
-        return None
-    found = Counter(file.suffix.lower() or "no extension" for file in files)
+    return Recognised(holding.path, CANDIDATES) if holding.paths(*IMAGE_SUFFIXES) else None
+
+
+_OWN: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "train": ("a training run", lambda path: f"next: {command('report', {'path': path})}"),
+    "find-beta": ("the probes of train --find-beta", lambda path: f"its numbers are in {path / 'probes.json'}"),
+    "compare": ("a comparison", lambda path: f"its report is {path / 'report.html'}"),
+    "label": ("a labelling study", lambda path: f"its pairs are in {path / 'pairs'}"),
+    "demo": ("the demo", lambda path: f"its pairs are in {path / 'pairs'}, its report is {path / 'report.html'}"),
+    "score": ("scores without their images", lambda path: f"next: {command('pair', {'scores_dir': path})}"),
+}
+"""What a verb makes that is neither pairs nor candidates, and what to do with it."""
+_PARTS = {"previews": "the previews", "checkpoints": "the checkpoints", "adapter": "the adapter", "unet": "the UNet"}
+
+
+def _own_folder(holding: Holding) -> Recognised | None:
+    made_by, above = holding.manifest.get("made_by"), holding.manifest_above.get("made_by")
+    path, part = holding.path, holding.path.resolve().name
+    if made_by in _OWN:
+        kind, advice = _OWN[made_by]
+        return Recognised(path, kind, advice=advice(path))
+    if made_by == "export" and "adapter" in holding.manifest:
+        return Recognised(path, "an exported model", advice="other programs read it")
+    if above == "train" and part in _PARTS:
+        return Recognised(path, f"{_PARTS[part]} of a training run", advice=_OWN["train"][1](path.parent))
+    return None
+
+
+def _unknown(holding: Holding) -> str:
+    found = Counter({suffix or "no extension": count for suffix, count in holding.suffixes.items()})
     counts = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(8)) or "no files at all"
-    raise ConfigError(f"nothing to inspect in {path.resolve()}: it holds {counts}.\n{_EXPECTED}")
+    return f"nothing to inspect in {holding.path.resolve()}: it holds {counts}.\n{_EXPECTED}"

@@ -4,10 +4,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from posixpath import splitext
+from typing import Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.folder import read_inside
+from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.records import read_records
 from diffusion_dpo.data.rows import make_pair
 from diffusion_dpo.data.stamps import stamp_of
@@ -27,6 +29,11 @@ class TwoFoldersData(PairSource):
 
     path: Path
     """The folder that holds chosen/ and rejected/; what is in folders below them is paired as well."""
+
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.table is None and found.folders >= set(_SIDES) else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every name once, in their order, then the lines of captions.jsonl that cannot be read."""

@@ -12,6 +12,7 @@ from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.collect import collect
 from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.pickapic import pickapic_row
+from diffusion_dpo.data.recognise import settle
 from diffusion_dpo.data.shards import PICKAPIC, write_shard
 from diffusion_dpo.data.tar_shards import write_tar
 from diffusion_dpo.files import claim, finish
@@ -25,6 +26,7 @@ Numbered = tuple[PreferencePair, int]
 
 def export_pairs(config: ExportConfig) -> Path:
     """Write the files that are not there yet; return their folder."""
+    config = settle(config)
     _refuse_inside(config)
     found = collect(config.data, max_broken_share=config.max_broken_share)
     num_pairs = int(found.is_pair.sum())

@@ -22,7 +22,7 @@ from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.candidates import find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
-from diffusion_dpo.data.recognise import recognise
+from diffusion_dpo.data.recognise import recognise_either, refusal
 from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.data.votes import ITEMS, read_lines
 from diffusion_dpo.files import atomic_path
@@ -131,7 +131,11 @@ def _is_comparison(config: LabelConfig) -> bool:
 
 
 def _source(config: LabelConfig) -> PairSource | None:
-    return cast(PairSource | None, config.data or recognise(config.path))
+    """Return the reader of pairs, None for candidates; raises ConfigError when there is neither."""
+    found = recognise_either(config.path, cast(PairSource | None, config.data))
+    if found.source is None and not found.are_candidates:
+        raise ConfigError(refusal(found, "pairs, candidates or a comparison"))
+    return found.source
 
 
 def _sides(row: object) -> tuple[tuple[str, bytes], ...]:

@@ -76,7 +76,7 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
         ]
         looks[row] = _Looks((seen[0], seen[1]), (pair.chosen_origin, pair.rejected_origin))
 
-    found = survey(source, look=look)
+    found = survey(_with_ties(source), look=look)
     records = list(found.records)
     metrics = sorted({name for it in records for scores in (it.chosen_scores, it.rejected_scores) for name in scores})
     decided = [it for it in records if it.is_pair and it.label_prob != 0.5]
@@ -118,6 +118,12 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
         taus=tuple(taus),
         top_prompts=top,
     )
+
+
+def _with_ties(source: PairSource) -> PairSource:
+    """Return the source with its ties, which are counted here, unless somebody asked for something else."""
+    unasked = "ties" in type(source).model_fields and "ties" not in source.model_fields_set
+    return source.model_copy(update={"ties": "keep"}) if unasked else source
 
 
 # --- what predicts the label -----------------------------------------------------------------------------------------

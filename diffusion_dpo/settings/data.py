@@ -123,8 +123,8 @@ class InspectConfig(Config):
 
     path: Path = Path("runs/pairs")
     """A folder of pairs or candidates, a Parquet file, a folder with metadata.jsonl, or a folder of images."""
-    data: plugin("data") | None = None  # type: ignore[valid-type]
-    """Pairs of any other kind, as `train` takes them, instead of `path`."""
+    data: plugin("data", otherwise="auto") | None = None  # type: ignore[valid-type]
+    """Pairs as `train` takes them, instead of `path`; settings of `data` without a path or type go with `path`."""
     num_images: int = Field(24, ge=0)
     """Images on the page and on the contact sheet; of pairs, those with the widest and the narrowest margins."""
     output_dir: Path | None = None

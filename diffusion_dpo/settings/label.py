@@ -15,8 +15,8 @@ class LabelConfig(Config):
 
     path: Path = Path("runs/candidates")
     """Candidates, pairs, or the folder of a comparison: what `inspect` and `compare` know."""
-    data: plugin("data") | None = None  # type: ignore[valid-type]
-    """Pairs of any other kind, as `train` takes them, instead of `path`."""
+    data: plugin("data", otherwise="auto") | None = None  # type: ignore[valid-type]
+    """Pairs as `train` takes them, instead of `path`; settings of `data` without a path or type go with `path`."""
     pairs_per_prompt: int = Field(2, ge=1)
     """Of candidates: pairs that are made of a prompt's images; every image is used about equally often."""
     max_pairs: int | None = Field(None, ge=1)

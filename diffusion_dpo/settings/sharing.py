@@ -23,7 +23,7 @@ class ExportConfig(Config):
     Of a tuned model: diffusers, a LoRA as diffusers loads it; kohya, a LoRA as ComfyUI, A1111, Forge and InvokeAI
     do; merged, the whole pipeline with the adapter in its weights; single_file, that as one checkpoint in the layout
     of the original Stable Diffusion."""
-    data: plugin("data") = "pairs"  # type: ignore[valid-type]
+    data: plugin("data") = "auto"  # type: ignore[valid-type]
     """Of pairs: which."""
     soft_labels: bool = False
     """pickapic: write label probabilities as label_0 and label_1, which most trainers refuse or skip; false writes

@@ -101,8 +101,8 @@ class TrainConfig(Config):
 
     model: plugin("models") = "stable_diffusion"  # type: ignore[valid-type]
     """The model to tune, and what of it is trained."""
-    data: plugin("data") = "pairs"  # type: ignore[valid-type]
-    """The preference pairs."""
+    data: plugin("data") = "auto"  # type: ignore[valid-type]
+    """The preference pairs; `train PATH` is the same as data.path=PATH, and the layout is found."""
     loss: plugin("losses") = "dpo"  # type: ignore[valid-type]
     """The objective."""
     weighting: Weighting = Weighting()

@@ -1,0 +1,166 @@
+"""What lies at a path: names, suffixes, columns and our own manifest, from one walk that opens nothing large."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.files import read_manifest
+
+ROWS = (".jsonl", ".json", ".csv", ".tsv")
+"""Suffixes of text files that hold rows."""
+METADATA = tuple(f"metadata{suffix}" for suffix in ROWS)
+"""The names under which the rows of a folder of images are found, the first that is there."""
+_MOST_FILES = 20_000
+_FIRST_ROWS = 10
+_NOT_ROWS = (
+    "manifest.json",
+    "captions.jsonl",
+    "captions.json",
+    "environment.json",
+    "metrics.jsonl",
+    "dataset_info.json",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Files with rows of one kind, and the names of their columns; of text, the keys of the first rows."""
+
+    files: tuple[Path, ...]
+    columns: frozenset[str]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows are JSON or CSV, which name image files, and hold none."""
+        return self.files[0].suffix.lower() in ROWS
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a path holds. `files` are the visible files below `root` (of very many, a part), relative to it, sorted."""
+
+    path: Path
+    root: Path
+    files: tuple[PurePosixPath, ...]
+    table: Table | None = None
+    """The rows in question; see `views`."""
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns of `table`; empty without one."""
+        return self.table.columns if self.table else frozenset()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the rows in question are JSON or CSV."""
+        return self.table is not None and self.table.is_text
+
+    @cached_property
+    def suffixes(self) -> Counter[str]:
+        """How many files have each suffix, in lower case; "" for none."""
+        return Counter(file.suffix.lower() for file in self.files)
+
+    @cached_property
+    def folders(self) -> frozenset[str]:
+        """The names of the folders that lie directly in `root` and hold files."""
+        return frozenset(file.parts[0] for file in self.files if len(file.parts) > 1)
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of a folder that a verb of ours made, {} of any other."""
+        return _manifest(self.root) if self.path.is_dir() else {}
+
+    @cached_property
+    def manifest_above(self) -> dict[str, Any]:
+        """That of the folder that the path lies in."""
+        return _manifest(self.path.resolve().parent)
+
+    def paths(self, *suffixes: str) -> tuple[Path, ...]:
+        """Return the files with one of these suffixes."""
+        return tuple(self.root / file for file in self.files if file.suffix.lower() in suffixes)
+
+    def views(self) -> Iterator["Holding"]:
+        """Yield the same once for every table that it holds, the likeliest first, and once without any.
+
+        Raises ConfigError when a Parquet file is damaged.
+        """
+        yield from (replace(self, table=table) for table in self.tables)
+        yield self
+
+    @cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """What may hold rows: metadata first, then Parquet, then other text files beside the images."""
+        return tuple(_tables(self))
+
+
+def look_into(path: Path) -> Holding:
+    """Walk a path once; raises ConfigError when there is nothing."""
+    if not path.exists():
+        raise ConfigError(f"there is no file or folder {path}; name one")
+    if path.is_file():
+        return Holding(path, path.parent, (PurePosixPath(path.name),))
+    return Holding(path, path, tuple(sorted(_walk(path))))
+
+
+def _walk(root: Path) -> Iterator[PurePosixPath]:
+    """Yield visible files, those of upper folders first: all of the root, and of what is below until they are many."""
+    level, found = [root], 0
+    while level and found < _MOST_FILES:
+        below = []
+        for folder in level:
+            try:
+                entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            except OSError:  # a folder that may not be looked into holds nothing for us
+                continue
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name == "__MACOSX":
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(Path(entry.path))
+                elif entry.is_file():
+                    found += 1
+                    yield PurePosixPath(Path(entry.path).relative_to(root).as_posix())
+            if found >= _MOST_FILES:
+                return
+        level = below
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        found = read_manifest(folder)
+    except ConfigError:  # another program's file of this name
+        return {}
+    return found if isinstance(found.get("made_by"), str) and isinstance(found.get("identity"), dict) else {}
+
+
+def _tables(found: Holding) -> Iterator[Table]:
+    """Yield metadata files, then Parquet, then what else may hold rows."""
+    from diffusion_dpo.data.shards import column_names
+
+    text = [file for file in found.paths(*ROWS) if file.name not in _NOT_ROWS]
+    metadata = [file for file in text if file.name in METADATA]
+    if metadata:
+        yield Table(tuple(metadata), _keys(metadata[0]))
+    parquet = [file for file in found.paths(".parquet") if not file.name.startswith("scores-")]
+    if parquet:
+        yield Table(tuple(parquet), frozenset(column_names(parquet[0])))
+    for file in text if found.path.is_file() else [it for it in text if it.parent == found.root][:_FIRST_ROWS]:
+        if file not in metadata:
+            yield Table((file,), _keys(file))
+
+
+def _keys(file: Path) -> frozenset[str]:
+    """Return the keys of the first rows of a text file, empty when it holds none."""
+    from diffusion_dpo.data.records import read_records
+
+    try:
+        rows = list(islice(read_records(file, ()), _FIRST_ROWS))
+    except ConfigError:
+        return frozenset()
+    return frozenset(key for _, row in rows if isinstance(row, dict) for key in row)
