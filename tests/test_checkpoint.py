@@ -94,6 +94,35 @@ def test_a_failure_at_any_moment_of_saving_leaves_the_old_one(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000030"]
 
 
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_before_old_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A power cut keeps only what was fsynced: every file whole, then their folder, then the renamed name."""
+    old = save(tmp_path, 10, keep=1)
+    synced: dict[int, int] = {}
+    renamed: list[dict[int, int]] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        assert old.exists()
+        synced[os.fstat(handle).st_ino] = os.fstat(handle).st_size
+        real_fsync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        real_replace(source, target)
+        renamed.append(dict(synced))
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    path = save(tmp_path, 20, keep=1)
+    (before,) = renamed
+    assert before.keys() >= {file.stat().st_ino for file in [path, *path.iterdir()]}
+    assert all(before[file.stat().st_ino] == file.stat().st_size for file in path.iterdir())
+    assert set(synced) == {tmp_path.stat().st_ino}
+    assert not old.exists()
+
+
 def test_nothing_is_pickled(tmp_path: Path):
     path = save(tmp_path, 1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

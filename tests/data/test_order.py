@@ -1,5 +1,6 @@
 """Order and randomness are functions of (seed, epoch, pair), of nothing else."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -69,6 +70,49 @@ def test_shares_are_what_was_asked_for():
     assert not draw(visits, flip=False).flip.any()
 
 
+def test_the_draws_of_a_visit_know_nothing_of_each_other():
+    """Or only the noisy steps would lose their prompt, or only mirrored images would be seen with little noise."""
+    visits = [Visit(i % 10, i // 10) for i in range(4000)]
+    random = draw(visits)
+    columns = [
+        random.timestep_uniform,
+        random.drop_prompt,
+        random.flip,
+        random.noise[:, 0, 0, 0],
+        random.noise[:, -1, -1, -1],
+    ]
+    correlations = np.corrcoef(np.stack([column.double().numpy() for column in columns]))
+    assert np.abs(correlations - np.eye(5)).max() < 0.06  # 4 standard errors
+    for chosen in (random.drop_prompt, ~random.drop_prompt, random.flip, ~random.flip):
+        times = random.timestep_uniform[chosen]
+        assert times.min() < 0.02 and times.max() > 0.98  # every noise level, not the middle ones alone
+
+
+def test_a_share_of_0_is_nothing_and_half_is_half_at_the_very_edge(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.tensor([0.5, 0.0, 0.5]))
+    random = draw([Visit(0, 0)], dropout=0.0)
+    assert not random.drop_prompt.any() and not random.flip.any()
+
+
+def test_a_visit_draws_what_it_always_drew():
+    """In every release: a run that was begun with one goes on with another."""
+    random = draw([Visit(3, 2)], seed=7)
+    assert random.timestep_uniform.item() == 0.8808320760726929
+    assert (random.drop_prompt.item(), random.flip.item()) == (False, True)
+    assert random.noise[0, :, 0, 0].tolist() == pytest.approx([0.842775, 1.084158, 1.273357, -0.125305], abs=1e-6)
+    assert [visit.index for visit in global_batch(7, 10, 10, 2)] == [1, 5, 3, 4, 6, 9, 0, 8, 2, 7]
+
+
+def test_an_epoch_is_shuffled_once_and_forgotten_after_the_next(monkeypatch: pytest.MonkeyPatch):
+    real, shuffled = np.random.default_rng, list[list[int]]()
+    monkeypatch.setattr(np.random, "default_rng", lambda key: (shuffled.append(key), real(key))[1])
+    schedule = Schedule(3, [np.arange(10)], 4)
+    for step in range(25):
+        schedule.visits(step)
+        assert len(schedule._orders[0]) <= 2
+    assert shuffled == [[3, epoch] for epoch in range(10)]
+
+
 # --- the curriculum --------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +157,24 @@ def test_one_stage_is_no_curriculum():
 # --- groups of one shape ---------------------------------------------------------------------------------------------
 
 GROUPS = [np.array([0, 3, 6, 9, 12, 15]), np.array([1, 4]), np.array([2, 5, 7, 8, 10, 11, 13, 14, 16, 17, 18, 19])]
+
+
+@pytest.mark.parametrize("sizes", [(6, 2, 12), (5, 5), (1, 30), (7, 11, 3, 2)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_kth_turn_of_a_group_is_at_k_plus_its_phase_over_its_share(seed: int, sizes: tuple[int, ...]):
+    phases = np.random.default_rng([seed, len(sizes)]).random(len(sizes))
+    times = [
+        ((k + phase) * sum(sizes) / size, group, k)
+        for group, (size, phase) in enumerate(zip(sizes, phases, strict=True))
+        for k in range(400)
+    ]
+    borders = np.cumsum([0, *sizes])
+    groups = [np.arange(start, end) for start, end in itertools.pairwise(borders)]
+    schedule = Schedule(seed, groups, 1)
+    for step, (_, group, turn) in enumerate(sorted(times)[:140]):
+        (visit,) = schedule.visits(step)
+        assert borders[group] <= visit.index < borders[group + 1]
+        assert visit.epoch == turn // sizes[group]
 
 
 def test_a_step_stays_within_a_group_and_no_step_depends_on_what_was_asked_before():

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from mpmath import exp, mp, mpf
-from pydantic import ValidationError
 from torch import Tensor
 
 from diffusion_dpo.losses import ImageErrors, Loss, PairErrors
@@ -343,12 +342,6 @@ def test_rank_dpo_ranks_by_the_policy_and_costs_the_top_of_the_list_most():
         for i, j in ((0, 1), (0, 2), (1, 2))
     )
     assert RankDPO(beta=200).over_images(upside_down).loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("size", [0, 1])
-def test_a_list_has_at_least_two_images(size: int):
-    with pytest.raises(ValidationError, match="list_size"):
-        PlackettLuce(list_size=size)
 
 
 # --- images and pairs ---

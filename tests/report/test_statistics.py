@@ -101,6 +101,16 @@ def test_one_seed_without_ties_is_wilsons_interval(wins: int, losses: int) -> No
     assert win_rate_interval(outcomes) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.parametrize("wins,losses", [(30, 30), (24, 16)])
+def test_seeds_that_contradict_each_other_are_pairs_like_any_others(wins: int, losses: int) -> None:
+    """Two seeds a prompt, both of a prompt won only where losses have run out: prompts differ less than pairs do."""
+    seeds = np.array([1.0] * wins + [-1.0] * losses)
+    outcomes = np.stack([seeds[: len(seeds) // 2], seeds[::-1][: len(seeds) // 2]], axis=1)
+    expected = stats.binomtest(wins, wins + losses).proportion_ci(method="wilson")
+    assert outcomes.mean(1).var() < outcomes.var() / 2
+    assert win_rate_interval(outcomes) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
 def test_nothing_scored_one_prompt_and_equal_differences_give_no_nan() -> None:
     empty = paired_statistics(np.full((3, 2), np.nan), np.zeros((3, 2)))
     assert (empty.mean_difference, empty.mean_difference_interval, empty.win_rate) == (None, None, None)

@@ -135,6 +135,28 @@ def test_the_majority_decides_unless_one_is_far_against_it() -> None:
     assert picks(strategy("majority"), {"a": [1.0, 0.0], "b": [0.0, 0.0], "c": [0.0, 0.0]})[1] == {NO_MAJORITY: 1}
 
 
+@pytest.mark.parametrize(
+    ("votes", "found"),
+    [
+        ([1, 1], True),
+        ([1, -1], False),
+        ([1, 0], False),
+        ([1, 1, -1, -1], False),
+        ([1, 1, 0, 0], False),
+        ([1, 1, 1, -1], True),
+        ([1, 1, 1, 0], True),
+        ([1, 1, 0, 0, -1], False),
+        ([1, 1, 1, 0, -1], True),
+    ],
+)
+def test_half_of_the_votes_is_no_majority(votes: list[int], found: bool) -> None:
+    """For the first of two images, against it, or neither."""
+    names = [f"m{number}" for number in range(len(votes))]
+    scores = {name: [0.3 * vote + 0.1, 0.1] for name, vote in zip(names, votes, strict=True)}
+    named, drops, _ = picks(strategy("majority", metrics=names), scores)
+    assert (named, drops) == (([("A", "B")], {}) if found else ([], {NO_MAJORITY: 1}))
+
+
 def test_one_far_against_two_a_little_for_is_no_majority() -> None:
     scores = {"a": [0.1, 0.0], "b": [0.1, 0.0], "c": [0.0, 0.9]}
     assert picks(strategy("majority"), scores)[:2] == ([], {OUTWEIGHED: 1})
@@ -250,6 +272,8 @@ def test_caps_keep_the_widest() -> None:
     assert per_prompt[:2] == ([("A", "D"), ("A", "C")], {CAPPED: 4})
     per_image = picks(strategy("all_pairs"), scores, limits=Limits(max_pairs_per_image=1))
     assert per_image[:2] == ([("A", "D"), ("B", "C")], {CAPPED: 4})
+    both = picks(strategy("all_pairs"), scores, limits=Limits(max_pairs_per_image=1, max_pairs_per_prompt=2))
+    assert both[:2] == per_image[:2], "what an image's cap takes away does not count for the prompt"
 
 
 def test_the_unit_of_margins_is_the_spread_within_prompts() -> None:

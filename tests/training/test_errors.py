@@ -9,7 +9,7 @@ import torch
 
 from diffusion_dpo.losses import PairErrors
 from diffusion_dpo.losses.dpo import DPO
-from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors
+from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors, reference_errors
 
 SHAPE = (4, 8, 8)
 
@@ -67,12 +67,16 @@ def pair_errors(model: KnownModel, batch: Batch) -> PairErrors:
     return denoising_errors(model, batch, reference=model.reference).as_pairs()
 
 
-def expected_error(batch: Batch, latents: torch.Tensor, pair: int, factor: float) -> float:
-    """The error of one image, written out in float64 with the pair's own noise, timestep and prompt."""
+def residual(batch: Batch, latents: torch.Tensor, pair: int, factor: float) -> torch.Tensor:
+    """Prediction minus target of one image, in float64, with the pair's own noise, timestep and prompt."""
     x, noise = latents[pair].double(), batch.noise[pair].double()
     noisy = x + batch.timesteps[pair].item() / 1000 * noise
-    prediction = factor * noisy + batch.conditioning["text"][pair].item()
-    return (prediction - (noise - 2 * x)).square().mean().item()
+    return factor * noisy + batch.conditioning["text"][pair].item() - (noise - 2 * x)
+
+
+def expected_error(batch: Batch, latents: torch.Tensor, pair: int, factor: float) -> float:
+    """The error of one image, written out."""
+    return residual(batch, latents, pair, factor).square().mean().item()
 
 
 def test_every_error_is_that_of_its_own_image(batch: Batch):
@@ -163,3 +167,62 @@ def test_masked_errors_are_those_of_the_white_part_and_a_white_mask_changes_noth
     for name in ("policy", "reference", "cross"):
         torch.testing.assert_close(getattr(masked, name), getattr(expected, name))
     torch.testing.assert_close(masked.drift, plain.drift)  # how far the policy has gone is a matter of the whole image
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3])
+def test_every_image_is_weighed_by_its_own_mask(batch: Batch, num_images: int):
+    """A mask of the same pair's other image, or of another pair's image, would give another number."""
+    generator = torch.Generator().manual_seed(2)
+    masks = torch.rand(5, num_images, 1, 8, 8, generator=generator)
+    masks = masks / masks.mean((2, 3, 4), keepdim=True)
+    latents = torch.randn(5, num_images, *SHAPE, generator=generator)
+    masked = replace(batch, latents=latents, masks=masks)
+    model = KnownModel()
+    errors = denoising_errors(model, masked, reference=model.reference)
+    for pair in range(5):
+        for column in range(num_images):
+            for found, factor in ((errors.policy, 0.7), (errors.reference, 0.3)):
+                square = residual(batch, latents[:, column], pair, factor).square()
+                expected = (masks[pair, column].double() * square).mean().item()
+                assert found[pair, column].item() == pytest.approx(expected, rel=1e-5)
+        if num_images == 2:
+            chosen, rejected = (residual(batch, latents[:, column], pair, 0.7) for column in (0, 1))
+            expected = (masks[pair, 0].double() * chosen * rejected).mean().item()  # where the chosen image counts
+            assert errors.cross[pair].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert (errors.cross is None) == (num_images != 2)
+
+
+def test_the_references_errors_can_be_had_alone(batch: Batch):
+    model = KnownModel()
+    alone = reference_errors(model, batch)
+    assert model.calls == ["reference"]
+    assert torch.equal(alone, denoising_errors(model, batch, reference=model.reference).reference)
+
+
+def test_errors_that_are_known_are_taken_and_the_reference_is_left_alone(batch: Batch):
+    model, known = KnownModel(), torch.rand(5, 2)
+    errors = denoising_errors(model, replace(batch, reference=known), reference=model.reference, baseline=0.25)
+    assert model.calls == ["policy"]
+    assert errors.reference is known and errors.drift is None
+    assert errors.baseline == 0.25 and denoising_errors(model, batch, reference=None).baseline == 0
+
+
+@pytest.mark.parametrize("move", ["to", "pin_memory"])
+def test_a_batch_is_moved_with_all_that_it_has(batch: Batch, move: str, monkeypatch: pytest.MonkeyPatch):
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.to(meta))  # which only CUDA can do
+    scores = {"scores": torch.rand(5, 2), "per_image": {"time_ids": torch.rand(5, 2, 6)}}
+    moved = replace(batch, **scores).to(meta) if move == "to" else replace(batch, **scores).pin_memory()
+    tensors = [moved.latents, moved.noise, moved.timesteps, moved.labels, moved.weights, moved.scores]
+    tensors += [moved.conditioning["text"], moved.per_image["time_ids"]]
+    assert all(tensor.device == meta for tensor in tensors)
+    assert moved.masks is moved.reference is None
+    assert moved.latents.shape == batch.latents.shape and moved.per_image["time_ids"].shape == (5, 2, 6)
+
+
+def test_what_is_said_of_an_image_goes_with_that_image(batch: Batch):
+    """The first elements of every image said of it: without noise they are its own."""
+    marked = replace(batch, noise=torch.zeros(5, *SHAPE), per_image={"mark": batch.latents.flatten(2)[..., :3]})
+    noisy_latents, _, conditioning, _ = add_shared_noise(KnownModel(), marked)
+    assert conditioning["mark"].shape == (10, 3)
+    assert torch.equal(conditioning["mark"], noisy_latents.flatten(1)[:, :3])
