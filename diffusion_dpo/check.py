@@ -13,7 +13,7 @@ from diffusion_dpo.exporting.lora import Layers, read_layers, require_complete, 
 from diffusion_dpo.exporting.probe import Probe, changes, does_something
 from diffusion_dpo.exporting.source import Base, find_base
 from diffusion_dpo.models.adapters import AdapterKind, add_adapter, find_adapter, refuse_other_interface
-from diffusion_dpo.models.pipeline import load_base, require_family
+from diffusion_dpo.models.pipeline import load_base
 from diffusion_dpo.settings import CheckConfig
 
 if TYPE_CHECKING:
@@ -85,11 +85,7 @@ def _load(config: CheckConfig, base: Base) -> "DiffusionPipeline":
     import torch
 
     device = pick_device(config.device)
-    pipeline = load_base(
-        base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32
-    )
-    require_family(base.pretrained, pipeline)
-    return pipeline
+    return load_base(base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32)
 
 
 def _check_adapter(config: CheckConfig, kind: AdapterKind, where: Path, facts: FileFacts | None, base: Base) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.images import middle_square
 from diffusion_dpo.models.adapters import add_adapter, find_adapter
-from diffusion_dpo.models.pipeline import POCKET_DIR, load_base, require_family
+from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
+from diffusion_dpo.models.requirements import with_schedule
 from diffusion_dpo.settings import ImageModel, Sampling
 
 if TYPE_CHECKING:
@@ -49,7 +51,6 @@ def image_seed(base_seed: int, prompt_id: str, index: int) -> int:
 def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
     """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
     pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
-    require_family(model.pretrained, pipeline)
     if model.adapter_path is not None:
         add_adapter(pipeline, model.adapter_path, scale=model.adapter_scale)
     return pipeline
@@ -93,7 +94,7 @@ def make_scheduler(pipeline: "DiffusionPipeline", name: str) -> Any:
     """Return the sampler of a name in SCHEDULERS, on the noise schedule of the pipeline's own."""
     import diffusers
 
-    return getattr(diffusers, SCHEDULERS[name]).from_config(pipeline.scheduler.config)
+    return with_schedule(getattr(diffusers, SCHEDULERS[name]), pipeline.scheduler)
 
 
 def draw(
@@ -158,13 +159,19 @@ def _encode(pipeline: "DiffusionPipeline", reference: "Image | None", side: int)
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(square).to(pipeline.device, vae.dtype)
     with torch.no_grad():
-        latents: torch.Tensor = vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
-    return latents
+        encoded = vae.encode(pixels)
+        latents: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents * vae.config.scaling_factor
 
 
 def resolution_px(pipeline: "DiffusionPipeline", asked: int | None) -> int:
     """Return the side of the images in px; raises ConfigError when the model cannot draw that size."""
-    side = asked or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    sample_size = pipeline.unet.config.sample_size
+    side = asked or native_side_px(sample_size, pipeline.vae_scale_factor)
+    if side is None:
+        raise ConfigError(
+            f"the model does not say one side of its images (sample_size is {sample_size}): set resolution_px"
+        )
     if side % pipeline.vae_scale_factor:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {pipeline.vae_scale_factor}")
     return int(side)

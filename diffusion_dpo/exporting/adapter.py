@@ -34,7 +34,7 @@ from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, d
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
 from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
-from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base, require_family
+from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
 from diffusion_dpo.sampling import adapter_hash, weights_hash
 from diffusion_dpo.settings import ExportConfig, ImageModel
 from diffusion_dpo.settings.sharing import LORA_FORMATS
@@ -186,11 +186,7 @@ def _move_in(staging: Path, folder: Path) -> None:
 def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
     import torch
 
-    pipeline = load_base(
-        base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32
-    )
-    require_family(base.pretrained, pipeline)
-    return pipeline
+    return load_base(base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32)
 
 
 def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "DiffusionPipeline") -> _Tuned:

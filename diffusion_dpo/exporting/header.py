@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.exporting.lora import whole
+from diffusion_dpo.models.base import native_side_px
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,7 +34,7 @@ def model_header(pipeline: "DiffusionPipeline", title: str, *, lora: bool) -> di
     """Return the `modelspec.*` entries (Stability AI's Model Metadata Standard 1.0.0), with a place for the hash."""
     kind = generation(pipeline)
     predicts = pipeline.scheduler.config.get("prediction_type", "epsilon")
-    side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    side = native_side_px(pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
     architecture = _ARCHITECTURES[kind]
     if kind == "v2":
         architecture += "-768-v" if predicts == "v_prediction" else "-512"
@@ -45,7 +46,7 @@ def model_header(pipeline: "DiffusionPipeline", title: str, *, lora: bool) -> di
         "modelspec.implementation": layout,
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if predicts == "v_prediction" else predicts,
-        "modelspec.resolution": f"{side}x{side}",
+        **({} if side is None else {"modelspec.resolution": f"{side}x{side}"}),
         _HASH: "0x" + "0" * 64,
     }
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.sampling import DrawRequest, draw, resolution_px
+from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.sampling import DrawRequest, draw
 from diffusion_dpo.settings import Sampling
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ class Probe:
         """Return questions for the family and size of a pipeline that has no adapter."""
         import torch
 
-        side = min(resolution_px(pipeline, None), _MAX_SIDE_PX)
+        side = min(
+            native_side_px(pipeline.unet.config.sample_size, pipeline.vae_scale_factor) or _MAX_SIDE_PX, _MAX_SIDE_PX
+        )
         count = len(_NOISE_LEVELS)
         width = side // pipeline.vae_scale_factor
         shape = (count, pipeline.unet.config.in_channels, width, width)

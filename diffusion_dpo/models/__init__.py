@@ -37,8 +37,6 @@ class LoadedModel(Protocol):
     """A live model. Images are float [-1, 1] of shape (B, 3, H, W); latents are scaled, float32, (B, C, h, w)."""
 
     device: "torch.device"
-    resolution_px: int
-    """The side that the model was made for."""
     prediction_type: PredictionType
     """What the denoiser predicts: the noise, v = alpha_t epsilon - sigma_t x_0, or the latents x_0."""
     base_hash: str
@@ -49,6 +47,10 @@ class LoadedModel(Protocol):
     """Whether `reference()` follows the policy until `freeze_copy` is called."""
     pipeline: "DiffusionPipeline"
     """The same weights as a pipeline, for previews."""
+
+    @property
+    def resolution_px(self) -> int:
+        """The side that the model was made for."""
 
     @property
     def latent_channels(self) -> int:

@@ -3,7 +3,6 @@
 A LoRA (arXiv 2106.09685) adds s B A to the weight of a layer, of rank r and with s = alpha / r. Several add up.
 """
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import warn
 from diffusion_dpo.models.pipeline import first_sentence
+from diffusion_dpo.models.quiet import quiet as quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -246,22 +246,3 @@ def _restore_float32(unet: "UNet2DConditionModel", name: str, weights: dict[str,
     for key in loaded.keys() & read.keys():
         loaded[key].data = read[key].to(loaded[key].device, torch.float32)
     return sorted(key for key in loaded.keys() ^ read.keys() if ".lora_A." in key or ".lora_B." in key)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence diffusers, transformers and peft while they load or save: what went wrong is said once, by us."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    loggers: list[Any] = [diffusers.utils.logging, transformers.utils.logging]
-    verbosities = [logger.get_verbosity() for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity(logger.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, verbosity in zip(loggers, verbosities, strict=True):
-            logger.set_verbosity(verbosity)

@@ -6,20 +6,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from diffusion_dpo.config import Config, ConfigError
 from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters, fused_lora
+from diffusion_dpo.models.base import BaseFacts, native_side_px, read_base
 from diffusion_dpo.models.pipeline import (
     POCKET_DIR,
     content_hash,
     facts,
     first_sentence,
-    load_base,
-    require_family,
+    load_facts,
 )
+from diffusion_dpo.models.requirements import require_trainable, with_schedule
 from diffusion_dpo.settings import PredictionType
 
 if TYPE_CHECKING:
@@ -65,17 +66,20 @@ class UNetDiffusion(DiffusionModel):
 
         if self.adapter_path is not None:
             adapters.find_adapter(self.adapter_path)  # before gigabytes are loaded
-        pipeline = load_base(
-            self.pretrained,
+        return load_facts(
+            self.read_base(),
             revision=self.revision,
-            variant=self.variant,
             device=device,
             dtype=dtype,
             # a UNet that is trained as a whole must not be rounded on the way in
             unet_dtype=torch.float32 if self.lora is None else dtype,
         )
-        require_family(self.pretrained, pipeline, self.pipeline_name)
-        return pipeline
+
+    def read_base(self) -> BaseFacts:
+        """Return the facts of the base; raises ConfigError where it is none that is trained as it draws."""
+        base = read_base(self.pretrained, revision=self.revision, variant=self.variant)
+        require_trainable(base, self.pipeline_name)
+        return base
 
     def usage(self, adapter: str) -> str:
         """See DiffusionModel."""
@@ -105,9 +109,8 @@ class LoadedUNet(LoadedModel):
         self.unet = pipeline.unet
         self.device = pipeline.device
         self.dtype = dtype
-        self.resolution_px = self.unet.config.sample_size * pipeline.vae_scale_factor
-        self.prediction_type = _prediction_type(settings.pretrained, pipeline)
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction_type: PredictionType = pipeline.scheduler.config.prediction_type
+        self.scheduler = with_schedule(DDPMScheduler, pipeline.scheduler)
         self._alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device, torch.float32)
         parts = pipeline.components
         encoders = [parts[name] for name in ("text_encoder", "text_encoder_2") if name in parts]
@@ -164,6 +167,17 @@ class LoadedUNet(LoadedModel):
             posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
             latents = posterior.mean.float() + posterior.std.float() * noise.to(self.device)
         return latents * float(vae.config.scaling_factor)
+
+    @property
+    def resolution_px(self) -> int:
+        """See LoadedModel; raises ConfigError where the model does not say."""
+        side = native_side_px(self.unet.config.sample_size, self.downscale)
+        if side is None:
+            raise ConfigError(
+                f"the model does not say one side of its images (the UNet's sample_size is "
+                f"{self.unet.config.sample_size}): set resolution_px"
+            )
+        return side
 
     @property
     def latent_channels(self) -> int:
@@ -344,13 +358,6 @@ def _compiler_errors() -> Iterator[None]:
             f"compile=true, and torch.compile failed: {first_sentence(error)}. Set compile=false; `diffusion-dpo "
             "doctor` shows the versions here"
         ) from error
-
-
-def _prediction_type(name: str, pipeline: "DiffusionPipeline") -> PredictionType:
-    prediction: PredictionType = pipeline.scheduler.config.prediction_type
-    if prediction not in get_args(PredictionType):
-        raise ConfigError(f"{name} predicts {prediction!r}; one of {', '.join(get_args(PredictionType))} is needed")
-    return prediction
 
 
 def _start_scales(unet: "torch.nn.Module") -> list[dict[str, float]]:

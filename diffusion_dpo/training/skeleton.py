@@ -3,14 +3,14 @@
 Nothing is downloaded but settings, nothing is computed, and no device is needed: a step of SDXL takes seconds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models import DiffusionModel, adapters
-from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence
+from diffusion_dpo.models import adapters
+from diffusion_dpo.models.base import BaseFacts
 from diffusion_dpo.models.unet_diffusion import checkpoint_blocks
 from diffusion_dpo.settings import TrainConfig
 
@@ -173,28 +173,38 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
     Raises ConfigError when the settings cannot be had, NoEstimateError when the model is of a family not known here.
     """
     import torch
+    from diffusers import UNet2DConditionModel
 
     model: Any = config.model
     if getattr(model, "type", None) not in ("stable_diffusion", "stable_diffusion_xl"):
         raise NoEstimateError(f"there is no memory estimate for model.type={model.type}")
-    unet_config, vae_config, texts = _read_settings(model)
+    base: BaseFacts = model.read_base()
+    unet_config = base.unet
     start = None if model.adapter_path is None else adapters.find_adapter(model.adapter_path)
     start_bytes = 0
     if start is not None and start[0] == "lora" and model.lora is not None:
         start_bytes = _num_elements(start[1]) * 4
+    if start is not None and start[0] == "unet":
+        unet_config = UNet2DConditionModel.load_config(start[1])
     whole = model.lora is None or (start is not None and start[0] == "unet")  # these are float32 from the beginning
     unet = _build_unet(unet_config, model.lora, torch.float32 if whole else dtype)
-    upcast = model.type == "stable_diffusion_xl" and vae_config.get("force_upcast", True) and dtype == torch.float16
-    vae = _build_vae(vae_config, torch.float32 if upcast else dtype)
-    downscale = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    side = config.resolution_px or int(unet.config.sample_size) * downscale
+    upcast = base.is_xl and base.vae["force_upcast"] and dtype == torch.float16
+    vae = _build_vae(base.vae, torch.float32 if upcast else dtype)
+    downscale = base.downscale
+    side = config.resolution_px or base.side_px
+    if side is None:
+        raise ConfigError(
+            f"{base.name} does not say one side of its images (sample_size is {base.unet['sample_size']}): set "
+            "resolution_px"
+        )
     if side % downscale:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {downscale}")
+    texts = [_build_text_encoder(base.text_classes[name], text, dtype) for name, text in base.texts.items()]
     return Skeleton(
         unet=unet,
         vae=vae,
-        text_encoders=[_build_text_encoder(text, dtype) for text in texts],
-        num_tokens=texts[0].max_position_embeddings,
+        text_encoders=texts,
+        num_tokens=texts[0].config.max_position_embeddings,
         downscale=downscale,
         resolution_px=side,
         dtype=dtype,
@@ -203,34 +213,7 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
     )
 
 
-def _read_settings(model: DiffusionModel) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
-    """Return the settings of UNet, VAE and text encoders."""
-    import diffusers.utils.logging
-    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-    from transformers import AutoConfig
-
-    diffusers.utils.logging.set_verbosity_error()  # "cannot find diffusion_pytorch_model": nobody asked for it
-    settings: Any = model
-    source = str(POCKET_DIR) if settings.pretrained == "pocket" else settings.pretrained
-    revision = settings.revision
-    try:
-        index = DiffusionPipeline.load_config(source, revision=revision)
-        unet = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
-        if settings.adapter_path is not None:
-            kind, where = adapters.find_adapter(settings.adapter_path)
-            unet = UNet2DConditionModel.load_config(where) if kind == "unet" else unet
-        vae = AutoencoderKL.load_config(source, subfolder="vae", revision=revision)
-        texts = [
-            AutoConfig.from_pretrained(source, subfolder=name, revision=revision)
-            for name in ("text_encoder", "text_encoder_2")
-            if index.get(name, [None])[0] is not None
-        ]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the settings of the model {source}: {first_sentence(error)}") from error
-    return unet, vae, texts
-
-
-def _build_unet(config: dict[str, Any], lora: Any, dtype: "torch.dtype") -> Any:
+def _build_unet(config: Mapping[str, Any], lora: Any, dtype: "torch.dtype") -> Any:
     import torch
     from diffusers import UNet2DConditionModel
     from peft import LoraConfig
@@ -250,7 +233,7 @@ def _build_unet(config: dict[str, Any], lora: Any, dtype: "torch.dtype") -> Any:
     return unet.to(memory_format=torch.channels_last)
 
 
-def _build_vae(config: dict[str, Any], dtype: "torch.dtype") -> Any:
+def _build_vae(config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     import torch
     from diffusers import AutoencoderKL
 
@@ -259,12 +242,12 @@ def _build_vae(config: dict[str, Any], dtype: "torch.dtype") -> Any:
     return vae.to(memory_format=torch.channels_last)
 
 
-def _build_text_encoder(config: Any, dtype: "torch.dtype") -> Any:
+def _build_text_encoder(class_name: str, config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     import torch
     import transformers
 
     with torch.device("meta"):
-        return getattr(transformers, config.architectures[0])(config).to(dtype)
+        return getattr(transformers, class_name)(transformers.CLIPTextConfig.from_dict(dict(config))).to(dtype)
 
 
 def _num_elements(file: Any) -> int:

@@ -155,8 +155,8 @@ def test_another_family_is_refused_with_the_model_type_that_it_needs(tiny_sd: Pa
 
 
 FAULTS = {
-    "refiner": "StableDiffusionXLImg2ImgPipeline: a refiner",
-    "inpainting": "StableDiffusionXLInpaintPipeline: a refiner, an inpainting",
+    "refiner": "StableDiffusionXLImg2ImgPipeline, an image-to-image pipeline or a refiner",
+    "inpainting": "StableDiffusionXLInpaintPipeline, an inpainting pipeline",
     "channels": "takes 9 channels, not 4",
     "normalized": "latents_mean",
 }
