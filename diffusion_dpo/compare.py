@@ -73,7 +73,7 @@ def run(config: CompareConfig) -> Path:
             report = _report(config, lineup, wall, scores, distances, device, identity)
             write_report(config.output_dir, report, scores, _gallery(config, wall), embed=config.embed_images)
             shards = {
-                name: [str(unit.files[0].relative_to(config.output_dir)) for unit in units]
+                name: [str((unit.root / unit.files[0]).relative_to(config.output_dir)) for unit in units]
                 for name, units in wall.units.items()
             }
             finish(config.output_dir, "compare", identity, num_prompts=len(prompts), shards=shards)

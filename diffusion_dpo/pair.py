@@ -255,8 +255,7 @@ def _side(
     """Return an image's bytes, its uid, its scores, its origin and its seed."""
     scores = {name: values[position] for name, values in sorted(images.values.items())}
     known = {name: value for name, value in scores.items() if math.isfinite(value)}
-    origin = json.loads(candidate.origin) if candidate.origin else {}
-    return candidate.data, candidate.uid, known, origin, candidate.seed
+    return candidate.data, candidate.uid, known, candidate.origin, candidate.seed
 
 
 def _photograph(like: Candidate, number: int) -> bytes:

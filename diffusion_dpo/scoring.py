@@ -32,6 +32,7 @@ Verdicts = dict[str, Verdict]
 _BROKEN = "broken image: "
 _BLACK = "black all over, as what a safety filter leaves"
 IMAGES_PER_SHARD = 1024
+_NAMES_SHOWN = 3
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Scoring:
     _judge: Judge | None = None
     """There once something new has to be judged: a rerun loads no weights, and does not even import torch."""
     _fingerprint: str = ""
+    _lacking: dict[str, str] = field(default_factory=dict)
+    """Why images cannot be judged by this scorer, by key."""
     _groups: dict[str, _Group] = field(default_factory=dict)
     _facts_are_there: bool = False
 
@@ -80,6 +83,7 @@ class Scoring:
         keys = self._survey(units)
         shards = self._read_shards(label)
         broken, num_images = 0, sum(map(len, keys.values()))
+        num_lacking = sum(key in self._lacking for part in keys.values() for key in part)
         with progress(self._what(), num_images, "images") as advance:
             for unit in units:
                 parts = {shard_path(self.folder, label, n): part for n, part in _parts(unit, keys[unit.name]).items()}
@@ -89,11 +93,12 @@ class Scoring:
                     self._judge_unit(unit, parts, advance)
                 faults = [it for key in keys[unit.name] if (it := self._fault(key))]
                 broken += len(faults)
-                if broken > self.max_broken_share * num_images:
+                if faults and broken + num_lacking > self.max_broken_share * num_images:
+                    lacking = f" or lack what it needs ({num_lacking})" if num_lacking else ""
                     raise ConfigError(
-                        f"{broken} of {num_images} images of {self.path} are broken or make {label} fail, more than "
-                        f"max_broken_share={self.max_broken_share:g}; mend or remove them, or raise it. The last: "
-                        f"{faults[-1]}"
+                        f"{broken + num_lacking} of {num_images} images of {self.path} are broken or make {label} fail"
+                        f"{lacking}, more than max_broken_share={self.max_broken_share:g}; fix or remove them, or "
+                        f"raise it. The last: {faults[-1]}"
                     )
         self._write_facts()
         if self._judge is not None:
@@ -106,24 +111,45 @@ class Scoring:
         Where a scorer compares the images of a prompt, the values depend on all of them, and so does the fingerprint.
         """
         keys: dict[str, list[str]] = {}
-        lacking: Counter[str] = Counter()
+        lacking: dict[str, list[str]] = {"prompt": [], "reference": []}
         compares = "rivals" in self.scorer.needs
         for unit in units:
             keys[unit.name] = []
             for candidate in unit.read(images=False):
                 keys[unit.name].append(candidate.key)
-                lacking["prompt"] += not candidate.prompt.strip()
-                lacking["reference"] += not candidate.references
+                for need, reason in _lacks(candidate).items():
+                    lacking[need].append(f"{candidate.where} ({reason})")
+                    if need in self.scorer.needs:
+                        self._lacking[candidate.key] = f"without a {need}: {reason}"
                 if compares and candidate.group:
                     group = self._groups.setdefault(candidate.group, _Group())
                     group.uids[candidate.uid] += 1
                     if not group.homes or group.homes[-1] is not unit:
                         group.homes.append(unit)
-        refuse_lacking(self.scorer, lacking, sum(map(len, keys.values())))
+        self._refuse_lacking(lacking, sum(map(len, keys.values())))
         if compares:
             content = json.dumps([[name, sorted(group.uids.items())] for name, group in sorted(self._groups.items())])
             self._fingerprint += "-among-" + hashlib.sha256(content.encode()).hexdigest()[:16]
         return keys
+
+    def _refuse_lacking(self, lacking: dict[str, list[str]], total: int) -> None:
+        """Name the images that lack what the scorer needs; raises ConfigError when they are too many.
+
+        One alone is never too many, unless max_broken_share is 0.
+        """
+        for need in sorted(self.scorer.needs & lacking.keys()):
+            names = lacking[need]
+            if len(names) == total:
+                refuse_lacking(self.scorer, {need: total}, total, first=names[0] if names else "")
+            named = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+            if len(names) > max(self.max_broken_share * total, self.max_broken_share > 0):
+                raise ConfigError(
+                    f"the scorer {self.scorer.type} needs a {need}, and {len(names)} of {total} images have none, "
+                    f"more than max_broken_share={self.max_broken_share:g}: {named}; add it, or raise "
+                    "max_broken_share to leave them without a score"
+                )
+            if names:
+                warn(f"{len(names)} of {total} images have no {need} and get no {self._what()}: {named}")
 
     def _read_shards(self, label: str) -> dict[Path, dict[str, Verdicts]]:
         """Return what is there already by shard, and know it; where the scorer failed, it may not fail again."""
@@ -208,6 +234,9 @@ class Scoring:
         unusable: dict[str, str] = {}
         decoded: dict[bytes, Image.Image] = {}
         for candidate in candidates:
+            if candidate.key in self._lacking and not candidate.broken:
+                unusable[candidate.key] = self._lacking[candidate.key]
+                continue
             try:
                 request = self._request(candidate, rivals.get(candidate.group, {}), decoded)
             except BrokenImage as error:
@@ -272,6 +301,12 @@ class Scoring:
                 others.append(rival)
         copies = self._groups[candidate.group].uids[candidate.uid] if candidate.group in self._groups else 1
         return ScoreRequest(image, candidate.prompt, references, tuple(others), copies)
+
+
+def _lacks(candidate: Candidate) -> dict[str, str]:
+    """Return what an image has not, of what scorers may need, and why."""
+    reasons = {} if candidate.prompt.strip() else {"prompt": candidate.no_prompt or "no prompt"}
+    return reasons if candidate.references else reasons | {"reference": "no references"}
 
 
 def _is_black(image: "Image.Image") -> bool:

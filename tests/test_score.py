@@ -438,12 +438,24 @@ def test_what_was_judged_before_the_end_is_kept(tmp_path: Path) -> None:
     assert len(_values(tmp_path, "counting")) == 24
 
 
-def test_what_is_lacking_is_said_before_anything_is_judged(tmp_path: Path) -> None:
-    rows = [_row(image, "" if i == 20 else "p", i) for i, image in enumerate(_grey(*range(10, 34)))]
+def test_what_is_lacking_is_said_before_anything_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for lacking, share, message in [
+        ({20, 21}, 0.05, r"Counting needs a prompt, and 2 of 24 .*max_broken_share=0\.05: .* row 20 \(no prompt\), "),
+        ({20}, 0, r"1 of 24 images have none"),
+        (set(range(24)), 1, r"needs a prompt for every image, and 24 of 24 .* first .* row 0 .*prompt_column"),
+    ]:
+        rows = [_row(image, "" if i in lacking else "p", i) for i, image in enumerate(_grey(*range(10, 34)))]
+        write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
+        with pytest.raises(ConfigError, match=message):
+            _score(tmp_path, _counting(wants_prompt=True), f"max_broken_share={share}")
+        assert judged == []
+    rows = [_row(image, "p" if i else "", i) for i, image in enumerate(_grey(10, 20, 30))]
     write_shard(tmp_path / "images-00000.parquet", rows, CANDIDATES)
-    with pytest.raises(ConfigError, match="1 of 24 images have none"):
-        _score(tmp_path, _counting(wants_prompt=True), "batch_size=4")
-    assert judged == []
+    _score(tmp_path, _counting(wants_prompt=True))
+    assert _values(tmp_path, "counting") == [None, 20, 30]
+    out = capsys.readouterr().out
+    assert "1 of 3 images have no prompt and get no counting: images-00000.parquet row 0 (no prompt)" in out
+    assert "1 missing: without a prompt: no prompt" in out
 
 
 def test_a_run_that_fails_does_not_hide_the_scores_that_are_there(candidates: Path) -> None:

@@ -174,7 +174,7 @@ def _run(config: CompareConfig, task: _Task) -> list[dict[str, Verdict]]:
 
 def _beside(units: list[Unit], references: list[Unit], what: str) -> list[Unit]:
     return [
-        _Beside(f"{what}-{unit.name}", unit.files, unit.num_images, reference)
+        _Beside(f"{what}-{unit.name}", unit.root, unit.files, unit.num_images, reference=reference)
         for unit, reference in zip(units, references, strict=True)
     ]
 

@@ -49,4 +49,4 @@ def read_comparison(folder: Path, *, images: bool = True) -> Iterator[ComparedPa
 
 def unit(path: Path) -> Unit:
     """Return one shard of images as what is judged as a whole."""
-    return Unit(f"{path.parent.name}-{path.stem}", (path,), num_rows(path))
+    return Unit(f"{path.parent.name}-{path.stem}", path.parent, (path.name,), num_rows(path))

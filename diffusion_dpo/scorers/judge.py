@@ -243,14 +243,17 @@ def _digest(image: "Image.Image") -> bytes:
     return hashlib.sha256(image.tobytes()).digest()
 
 
-def refuse_lacking(scorer: Scorer, lacking: Mapping[str, int], total: int) -> None:
+def refuse_lacking(scorer: Scorer, lacking: Mapping[str, int], total: int, *, first: str = "") -> None:
     """Raise ConfigError when images lack what a scorer needs; `lacking` counts those without prompt and reference."""
     for need in sorted(scorer.needs & lacking.keys()):
         if lacking[need]:
-            column = {"prompt": "a `prompt`", "reference": "`references`"}[need]
+            column = {
+                "prompt": "a `prompt`, `text` or `caption` (or set prompt_column)",
+                "reference": "`references`",
+            }[need]
             raise ConfigError(
                 f"the scorer {scorer.type} needs a {need} for every image, and {lacking[need]} of {total} images have "
-                f"none; add {column} to the data, or leave this scorer out"
+                f"none{f', first {first}' if first else ''}; add {column} to the data, or leave this scorer out"
             )
 
 
