@@ -4,7 +4,8 @@ import textwrap
 from collections.abc import Iterator
 
 from diffusion_dpo import registry
-from diffusion_dpo.config import Config, Setting, settings
+from diffusion_dpo.config import Config
+from diffusion_dpo.config_help import Setting, settings
 
 
 def describe_settings(cls: type[Config], *, width: int) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from diffusion_dpo.card import write_environment
+from diffusion_dpo.card.public import scrub, shown
 from diffusion_dpo.comparing import Compared, Wall
 from diffusion_dpo.comparing.drawing import draw_all
 from diffusion_dpo.comparing.judging import Distances, judge, judge_shares, refuse_unusable
@@ -31,7 +32,7 @@ from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE, Gallery, MetricScores, ModelFacts, Pair, Report, Sign, signs, words
 from diffusion_dpo.report.html import write_report
 from diffusion_dpo.report.statistics import METHODS, prompts_needed, summarise_all
-from diffusion_dpo.sampling import image_seed
+from diffusion_dpo.sampling import identity_of, image_seed
 from diffusion_dpo.settings import CompareConfig
 
 if TYPE_CHECKING:
@@ -53,9 +54,10 @@ def run(config: CompareConfig) -> Path:
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     identity = _identity(config, prompts, dtype)
+    way_on = "choose another output_dir; models, judges and seeds can be added to the folder as they are"
     if not processes.is_main:
         processes.wait()  # until the main process has taken the folder
-    with claim(config.output_dir, "compare", identity) if processes.is_main else nullcontext():
+    with claim(config.output_dir, "compare", identity, way_on=way_on) if processes.is_main else nullcontext():
         if processes.is_main:
             with atomic_path(config.output_dir / "config.yaml") as partial:
                 partial.write_text(dump(config), encoding="utf-8")
@@ -93,10 +95,14 @@ def _pretrained(config: CompareConfig) -> Iterator[str]:
 
 def _identity(config: CompareConfig, prompts: Sequence[Prompt], dtype: "torch.dtype") -> dict[str, Any]:
     """What makes it this comparison and no other: models, judges and seeds may be added."""
-    decisive = config.model_dump(mode="json", include={"baseline", "sampling", "seed"})
+    decisive = config.model_dump(mode="json", include={"sampling", "seed"})
     contents = [(p.id, p.text, [hashlib.sha256(data).hexdigest() for data in p.references]) for p in prompts]
     digest = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
-    return decisive | {"prompts": digest, "precision": str(dtype).removeprefix("torch.")}
+    return decisive | {
+        "baseline": identity_of(config.baseline),
+        "prompts": digest,
+        "precision": str(dtype).removeprefix("torch."),
+    }
 
 
 def _announce(
@@ -148,9 +154,9 @@ def _report(
         results=tuple(summarise_all(scores, categories)),
         methods=METHODS,
         made_with={
-            "command": shlex.join(["diffusion-dpo", "compare", str(config.output_dir / "config.yaml")]),
+            "command": shlex.join(["diffusion-dpo", "compare", f"{shown(config.output_dir)}/config.yaml"]),
             **identity,
-            "models": {compared.name: compared.model.model_dump(mode="json") for compared in lineup},
+            "models": {compared.name: scrub(compared.model.model_dump(mode="json")) for compared in lineup},
             "device": device.type,
             "scorers": {scorer.metrics[0].name: scorer.fingerprint() for scorer in config.scorers},
             "versions": json.loads((config.output_dir / "environment.json").read_text(encoding="utf-8")),

@@ -9,7 +9,6 @@ import functools
 import json
 import re
 import shlex
-import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +80,12 @@ class Plugin(Config):
     """Name in the registry, or `my_package.my_module:MyClass` for a plug-in of your own."""
 
 
+class ForeignPlugin(Plugin):
+    """A plug-in of somebody's own that a file names which is data: its settings are read, its code is not run."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 C = TypeVar("C", bound=Config)
 
 
@@ -101,12 +106,13 @@ class _Table:
         self.name = name
 
 
-def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = ()) -> C:
+def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] = (), *, is_data: bool = False) -> C:
     """Return the settings of a verb: defaults, then the YAML file, then the overrides (`a.b=value`, value as YAML).
 
     An override of `x.type` replaces the whole block x, whatever the order of the overrides, since the numbers of the
-    old block had other units; a block whose type was left open keeps them. Raises ConfigError with one line per
-    problem.
+    old block had other units; a block whose type was left open keeps them. A file that `is_data`, found in a folder
+    that may be anybody's, can name plug-ins, but none from outside is imported: see ForeignPlugin. Raises ConfigError
+    with one line per problem.
     """
     data = _name_types(cls, _read_yaml(Path(path))) if path is not None else {}
     parsed = [_split_override(text) for text in overrides]
@@ -115,13 +121,13 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
             _set(data, keys[:-1], {"type": value})
     for keys, value in parsed:
         _set(data, keys, value)
-    return validate(cls, data, where=str(path) if path is not None else "the command line")
+    return validate(cls, data, where=str(path) if path is not None else "the command line", is_data=is_data)
 
 
-def validate(cls: type[C], data: dict[str, Any], *, where: str) -> C:
-    """Validate plain data against a Config; raises ConfigError with one line per problem."""
+def validate(cls: type[C], data: dict[str, Any], *, where: str, is_data: bool = False) -> C:
+    """Validate plain data against a Config, as `load` does; raises ConfigError with one line per problem."""
     try:
-        return cls.model_validate(data)
+        return cls.model_validate(data, context={"is_data": is_data})
     except ValidationError as error:
         lines = [str(problem) for problem in _explain(cls, error)]
         raise ConfigError("\n".join([f"{len(lines)} problem{'s'[: len(lines) != 1]} in {where}:", *lines])) from None
@@ -154,39 +160,6 @@ def no_such_setting(name: str, known: Iterable[str]) -> PydanticCustomError:
     near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     problem = _Problem(name, "there is no such setting", near[0] if near else None)
     return PydanticCustomError("plugin", "{problems}", {"problems": [problem]})
-
-
-class Setting(typing.NamedTuple):
-    """One entry of the help: a dotted key, its type and bounds, its default, and what it means."""
-
-    key: str
-    type: str
-    default: str
-    help: str
-    table: str | None = None
-    """The registry table, where the setting is a plug-in."""
-
-
-def settings(cls: type[Config], prefix: str = "", block: Config | None = None, within: str = "") -> Iterator[Setting]:
-    """Yield every setting of a config class, depth first, plug-ins with the settings of each registered type.
-
-    `block` holds the defaults where they are not those of the class; plug-ins of the table `within` are not opened.
-    """
-    for name, field in cls.model_fields.items():
-        key = prefix + name
-        value = getattr(block, name) if block is not None else field.get_default(call_default_factory=True)
-        default = "required" if field.is_required() else _show_default(value)
-        table = _table_of(field)
-        yield Setting(key, _describe_type(field), default, " ".join((field.description or "").split()), table)
-        inner = _config_in(field.annotation)
-        if table is not None:
-            for type_name in registry.TABLES[table] if table != within else ():
-                for setting in settings(registry.resolve(table, type_name), f"{key}[{type_name}].", within=table):
-                    if not setting.key.endswith("].type"):
-                        yield setting
-        elif inner is not None:
-            below = f"{key}.NAME." if _is_named(field.annotation) else f"{key}."
-            yield from settings(inner, below, value if isinstance(value, inner) else None)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -242,12 +215,12 @@ def _name_types(cls: type[Config], data: dict[str, Any]) -> dict[str, Any]:
     named = dict(data)
     for name, field in cls.model_fields.items():
         block = data.get(name)
-        if isinstance(block, dict) and "type" not in block and isinstance(field.default, str) and _table_of(field):
+        if isinstance(block, dict) and "type" not in block and isinstance(field.default, str) and table_of(field):
             named[name] = {"type": field.default, **block}
     return named
 
 
-def _build_plugin(table: str, otherwise: str | None, value: Any) -> Plugin:
+def _build_plugin(table: str, otherwise: str | None, value: Any, info: ValidationInfo) -> Plugin:
     if isinstance(value, Plugin):
         return value
     block = {"type": value} if isinstance(value, str) else value
@@ -256,6 +229,9 @@ def _build_plugin(table: str, otherwise: str | None, value: Any) -> Plugin:
     if not isinstance(block, dict) or not isinstance(block.get("type"), str):
         known = ", ".join(registry.TABLES[table])
         raise PydanticCustomError("plugin_type", "needs a `type` ({known})", {"known": known})
+    is_data = bool(info.context and info.context["is_data"])
+    if is_data and block["type"] not in registry.TABLES[table]:
+        return ForeignPlugin.model_validate(block)
     try:
         cls = registry.resolve(table, block["type"])
     except ValueError as error:
@@ -263,7 +239,7 @@ def _build_plugin(table: str, otherwise: str | None, value: Any) -> Plugin:
     if not issubclass(cls, Plugin):
         raise PydanticCustomError("plugin_type", "{name} is not a Plugin", {"name": cls.__name__})
     try:
-        return cls.model_validate(block)
+        return cls.model_validate(block, context=info.context)
     except ValidationError as error:
         raise PydanticCustomError("plugin", "{problems}", {"problems": list(_explain(cls, error))}) from None
 
@@ -316,84 +292,37 @@ def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
     parts = iter(path[:-1])
     for part in parts:
         field = found.model_fields.get(part) if found else None
-        found = _config_in(field.annotation) if field else found
-        if field and _is_named(field.annotation):
+        found = config_in(field.annotation) if field else found
+        if field and is_named(field.annotation):
             next(parts, None)  # a name of the user's
     siblings = list(found.model_fields) if found else []
     near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
         return _Problem(key, text, ".".join([*path[:-1], near[0]]))
+    from diffusion_dpo.config_help import settings  # which is about what is here
+
     everywhere = [re.sub(r"\[\w+\]", "", setting.key) for setting in settings(cls)]
     same = [other for other in everywhere if other.rpartition(".")[2] == path[-1] and other != key]
     return _Problem(key, text, same[0]) if same else _Problem(key, f"{text}; known here: {', '.join(siblings)}")
 
 
-def _config_in(annotation: Any) -> type[Config] | None:
+def config_in(annotation: Any) -> type[Config] | None:
     """The Config class inside an annotation such as `Lora | None` or `list[Lora]`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return annotation
     for argument in typing.get_args(annotation):
-        found = _config_in(argument)
+        found = config_in(argument)
         if found is not None:
             return found
     return None
 
 
-def _is_named(annotation: Any) -> bool:
+def is_named(annotation: Any) -> bool:
     """Whether a field holds blocks by names that the user chooses."""
     return typing.get_origin(annotation) is dict
 
 
-def _table_of(field: Any) -> str | None:
+def table_of(field: Any) -> str | None:
     """The registry table of a plug-in field, or of a list of plug-ins."""
     marks = [*field.metadata, *(m for a in typing.get_args(field.annotation) for m in getattr(a, "__metadata__", ()))]
     return next((mark.name for mark in marks if isinstance(mark, _Table)), None)
-
-
-_BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-
-
-def _describe_type(field: Any) -> str:
-    """The type of a field, with its bounds: `number, > 0`."""
-    bounds = [
-        f"{sign} {getattr(mark, name):g}"
-        for mark in field.metadata
-        for name, sign in _BOUNDS.items()
-        if getattr(mark, name, None) is not None
-    ]
-    return ", ".join([_type_name(field.annotation), *bounds])
-
-
-def _type_name(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(argument) for argument in arguments)
-    if origin is typing.Literal:
-        return " | ".join(str(argument) for argument in arguments)
-    if origin is dict:
-        return "blocks by name"
-    if origin in (list, tuple):
-        return f"list of {_type_name(arguments[0])}"
-    if annotation is type(None):
-        return "null"
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return "block"
-    return {"str": "text", "int": "int", "float": "number", "bool": "true or false", "Path": "path"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
-
-
-def _show_default(value: Any) -> str:
-    if isinstance(value, Plugin):
-        return value.type
-    if isinstance(value, Config):
-        return ""
-    if isinstance(value, dict):
-        return str(value["type"]) if "type" in value else "{" + ", ".join(value) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_show_default(item) for item in value) + "]"
-    if value is None or value == "":
-        return "null" if value is None else '""'
-    return str(value).lower() if isinstance(value, bool) else str(value)

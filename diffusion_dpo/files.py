@@ -1,9 +1,11 @@
 """Files that are whole or absent, and folders that belong to one run: what every verb writes through."""
 
+import ctypes
 import fcntl
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +16,12 @@ from diffusion_dpo.config import ConfigError
 
 MANIFEST = "manifest.json"
 _PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
+_REPLACED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.replaced")
+_EXCHANGE, _HERE = 2, -100
+"""RENAME_EXCHANGE and AT_FDCWD of Linux."""
+_HASH = re.compile(r"[0-9a-f]{12,}")
+_MAX_SHOWN = 48
+"""Characters of a value in a message."""
 _PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
 """What a verb writes into its folder before it makes anything that is bound to its settings."""
 
@@ -45,6 +53,37 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Let a folder that was written beside `final` take its place, on the disk for good; one of them is always there.
+
+    Where the system cannot exchange two names at once, a crash between two renames leaves the old folder under another
+    name, from which `alone_in` takes it back.
+    """
+    for folder, _, names in os.walk(staged):
+        for name in names:
+            fsync_file(Path(folder, name))
+        fsync_folder(Path(folder))
+    old = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.replaced")
+    if not final.exists():
+        os.replace(staged, final)
+    elif _exchange(staged, final):
+        os.replace(staged, old)
+    else:
+        os.replace(final, old)
+        os.replace(staged, final)
+    fsync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):  # not Linux
+        return False
+    return bool(renameat2(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -107,19 +146,37 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise ConfigError(
                 f"another process is working in {folder}; wait for it, or choose another output_dir"
             ) from None
-        for left in folder.glob(".*.partial"):
-            if _PARTIAL.fullmatch(left.name):  # of a process that was killed
-                left.unlink(missing_ok=True)
+        _clear_up(folder)
         yield
 
 
+def _clear_up(folder: Path) -> None:
+    """Remove what a killed process left half-written; put back the folder that it was replacing."""
+    for left in folder.glob(".*"):
+        if _PARTIAL.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        elif found := _REPLACED.fullmatch(left.name):
+            if (folder / found[1]).exists():
+                shutil.rmtree(left)
+            else:
+                os.replace(left, folder / found[1])
+
+
 @contextmanager
-def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def claim(
+    folder: Path,
+    made_by: str,
+    identity: dict[str, Any],
+    *,
+    facts: Mapping[str, Any] | None = None,
+    way_on: str = "choose another output_dir",
+) -> Iterator[dict[str, Any]]:
     """Take a folder for one run of a verb: create it, or continue in it if the same identity made it.
 
-    Yields the manifest of the earlier run, {} for a new folder. Raises ConfigError, naming what differs, when the
-    folder belongs to something else, and when another process is at work in it. `identity` is plain JSON: the settings
-    that decide the content, and fingerprints of the inputs.
+    Yields the manifest of the earlier run, {} for a new folder. Raises ConfigError, naming what differs and the
+    `way_on`, when the folder belongs to something else, and when another process is at work in it. `identity` is plain
+    JSON: the settings that decide the content, and hashes of the inputs, never their place. `facts` stand in the
+    manifest from the start, for those who look at a run that is not finished.
     """
     identity = json.loads(json.dumps(identity))
     if folder.exists() and not folder.is_dir():
@@ -138,13 +195,14 @@ def claim(folder: Path, made_by: str, identity: dict[str, Any]) -> Iterator[dict
         if manifest and set(content) <= _PREAMBLE and not manifest.get("complete"):
             manifest = {}  # it failed before it made anything, on a wrong setting say: nothing binds it to those
         if not manifest:
-            write_json(folder / MANIFEST, {"made_by": made_by, "complete": False, "identity": identity})
+            start = {"made_by": made_by, "complete": False, "identity": identity, **(facts or {})}
+            write_json(folder / MANIFEST, start)
         elif manifest.get("made_by") != made_by:
             raise ConfigError(
                 f"{folder} was made by {manifest.get('made_by')}, not by {made_by}; choose another output_dir"
             )
         else:
-            _refuse_changes(folder, manifest.get("identity", {}), identity)
+            _refuse_changes(folder, manifest.get("identity", {}), identity, way_on)
         yield manifest
 
 
@@ -153,10 +211,35 @@ def finish(folder: Path, made_by: str, identity: dict[str, Any], **facts: Any) -
     write_json(folder / MANIFEST, {"made_by": made_by, "complete": True, "identity": identity, **facts})
 
 
-def _refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if changed:
-        lines = [f"  {key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed]
+def _refuse_changes(folder: Path, before: Any, now: dict[str, Any], way_on: str) -> None:
+    lines = list(_differences(before if isinstance(before, dict) else {}, now))
+    if lines:
         raise ConfigError(
-            "\n".join([f"{folder} belongs to another run; choose another output_dir. Different:", *lines])
+            "\n".join(
+                [
+                    f"{folder} belongs to another run. Different, then -> now:",
+                    *lines,
+                    f"Undo the change to go on with it, or {way_on}",
+                ]
+            )
         )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a line for every setting that differs; of blocks of different types the type alone."""
+    names = {*before, *now}
+    if "type" in names and before.get("type") != now.get("type"):
+        names = {"type"}
+    for name in sorted(names):
+        then, today = before.get(name), now.get(name)
+        if isinstance(then, dict) and isinstance(today, dict):
+            yield from _differences(then, today, f"{prefix}{name}.")
+        elif then != today:
+            yield f"  {prefix}{name}: {_short(then)} -> {_short(today)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value[:8]
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

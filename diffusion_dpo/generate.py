@@ -14,7 +14,7 @@ from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, writ
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
 from diffusion_dpo.mixture import Source, announce, describe, refuse_lacking_references, sources_of
-from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, make_scheduler, weights_hash
+from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline, make_scheduler
 from diffusion_dpo.settings import GenerateConfig
 
 if TYPE_CHECKING:
@@ -137,15 +137,17 @@ def _identity(config: GenerateConfig, sources: Sequence[Source], prompts: Sequen
     """Everything that decides the images; where they are computed and in what portions is left out."""
     decisive = config.model_dump(
         mode="json",
-        include={"num_images_per_prompt", "model", "sampling", "seed", "shard_size"}
+        include={"num_images_per_prompt", "sampling", "seed", "shard_size"}
         | ({"strength"} if config.strength is not None else set())
         | ({"mixture"} if config.mixture else set()),
     )
     del decisive["sampling"]["batch_size"]
-    weights = [weights_hash(source.model) for source in sources]
+    if config.mixture:
+        for variant, source in zip(decisive["mixture"], sources, strict=True):
+            variant["model"] = identity_of(source.model)
     return decisive | {
+        "model": identity_of(config.model),
         "prompts": _hash(repr([(p.id, p.text, [_hash(r.hex()) for r in p.references]) for p in prompts])),
-        "weights": weights if config.mixture else weights[0],
     }
 
 

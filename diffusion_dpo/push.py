@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from diffusion_dpo.card import local_card
+from diffusion_dpo.card.public import public_settings
 from diffusion_dpo.card.results import read_results
-from diffusion_dpo.card.text import Shown, card_text, is_hub_id, public_base
+from diffusion_dpo.card.text import Shown, card_text
 from diffusion_dpo.config import ConfigError, command, load
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.exporting.facts import read_facts
@@ -26,7 +27,6 @@ from diffusion_dpo.settings import PushConfig, TrainConfig
 from diffusion_dpo.yaml_dialect import Dumper
 
 _MAX_PREVIEWS = 4
-_SECRET = ("token", "secret", "password", "api_key", "authorization")
 _NO_TOKEN = "there is no token for the hub; run `hf auth login`, or set HF_TOKEN"
 _PLACEHOLDER = "OWNER/NAME"
 
@@ -77,7 +77,7 @@ def _pack(config: PushConfig) -> _Parcel:
     if manifest.get("made_by") != "train" or not manifest.get("complete"):
         state = "is not finished" if manifest.get("made_by") == "train" else "is no run folder of train"
         raise ConfigError(f"{config.path} {state}; there is nothing to send yet")
-    train = load(TrainConfig, config.path / "config.yaml")
+    train = load(TrainConfig, config.path / "config.yaml", is_data=True)
     parcel = _Parcel()
     kind = _add_weights(config.path, parcel)
     kohya = _find_kohya(config)
@@ -96,10 +96,7 @@ def _pack(config: PushConfig) -> _Parcel:
         previews=[f"images/{image.name}" for image in previews],
     )
     parcel.files["README.md"] = _card(config, train, manifest, shown)
-    settings = train.model_dump(mode="json")
-    if "pretrained" in settings["model"]:
-        settings["model"]["pretrained"] = public_base(train, manifest)
-    text = yaml.dump(scrub(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
+    text = yaml.dump(public_settings(train, manifest), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=119)
     parcel.files["training_config.yaml"] = text.encode()
     return parcel
 
@@ -177,29 +174,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(inner)
-
-
-def scrub(value: Any, key: str = "") -> Any:
-    """Return settings without secrets, and with the last name alone of every path of this machine."""
-    if isinstance(value, Mapping):
-        kept = {name: inner for name, inner in value.items() if not _is_secret(str(name))}
-        if value.get("type") == "hub":  # whose path is the name of a data set
-            return {name: scrub(inner, "" if name == "path" else str(name)) for name, inner in kept.items()}
-        return {name: scrub(inner, str(name)) for name, inner in kept.items()}
-    if isinstance(value, list):
-        return [scrub(item, key) for item in value]
-    if not isinstance(value, str) or key in ("prompts", "negative_prompt"):
-        return value
-    if "://" in value:
-        return value.split("://", 1)[0] + "://..."
-    by_name = key == "path" or key.endswith(("_path", "_dir"))
-    is_one_word = not any(letter.isspace() for letter in value)
-    by_look = "/" in value and not is_hub_id(value) and (is_one_word or Path(value).exists())
-    return Path(value).name if by_name or by_look or value.startswith(("/", "~")) else value
-
-
-def _is_secret(name: str) -> bool:
-    return any(word in name.lower().replace("-", "_") for word in _SECRET)
 
 
 # --- sending it ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.card.public import public_base, public_data, public_settings, shown
+from diffusion_dpo.config import ConfigError, ForeignPlugin, load
 from diffusion_dpo.console import say
 from diffusion_dpo.files import atomic_path, read_manifest
 from diffusion_dpo.report.page import flatten
@@ -31,13 +32,13 @@ def run(config: ReportConfig) -> Path:
     film, broken = _read_film(run_dir / "previews", config.num_previews, trained)
     page = render(
         TrainingRun(
-            name=str(run_dir),
+            name=shown(run_dir),
             log=log,
             findings=findings,
             notes=(*log.notes, *notes, *broken),
             film=film,
             facts=tuple(_facts(trained, manifest)) if trained else (),
-            settings=tuple(flatten(trained.model_dump(mode="json"))) if trained else (),
+            settings=tuple(flatten(public_settings(trained, manifest))) if trained else (),
             versions=tuple(_read_environment(run_dir / "environment.json")),
             max_steps=max_steps,
         )
@@ -98,14 +99,14 @@ def _read_config(run_dir: Path) -> tuple[TrainConfig | None, list[str]]:
     if not path.is_file():
         return None, ["config.yaml is missing, so that the settings of the run are not shown."]
     try:
-        return load(TrainConfig, path), []
+        return load(TrainConfig, path, is_data=True), []
     except ConfigError as error:
         return None, [f"The settings of the run are not shown: {' '.join(str(error).split())}."]
 
 
 def _is_relative(config: TrainConfig | None, log: Log) -> bool:
     """Whether rewards are measured against the reference, so that 0 is where they start."""
-    if config is None:
+    if config is None or isinstance(config.loss, ForeignPlugin):
         return bool(len(log.curve("errors/reference_chosen").steps))
     return bool(type(config.loss).needs_reference)
 
@@ -127,14 +128,14 @@ def _facts(config: TrainConfig, manifest: dict[str, Any]) -> list[tuple[str, str
     pairs = manifest.get("num_pairs")
     held_out = manifest.get("num_held_out")
     lines = [
-        ("model", str(model.get("pretrained", model["type"]))),
+        ("model", public_base(config, manifest)),
         ("objective", " ".join([loss["type"], *numbers])),
         ("learning rate", f"{config.learning_rate:g}{warmup}"),
         ("steps", f"{config.max_steps:,} of {config.global_batch_size} pairs"),
         ("trained", f"LoRA of rank {lora['rank']}" if isinstance(lora, dict) and "rank" in lora else "all weights"),
         ("pairs", f"{pairs}, and {held_out} held out" if pairs is not None and held_out is not None else ""),
         ("labelled by", ", ".join(map(str, manifest.get("labelled_by") or []))),
-        ("data", " ".join(map(str, (data["type"], data.get("path", ""))))),
+        ("data", f"{data['type']} {public_data(config, manifest)}".strip()),
         ("safeguard", f"mu={config.safeguard_mu:g}" if config.safeguard_mu is not None else ""),
         ("regularizers", ", ".join(f"{k}={v:g}" for k, v in config.regularizers.model_dump().items() if v)),
         ("timesteps", config.weighting.timesteps),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.images import middle_square
-from diffusion_dpo.models.adapters import add_adapter, find_adapter
+from diffusion_dpo.models.adapters import LORA_FILE, add_adapter, find_adapter
 from diffusion_dpo.models.base import native_side_px
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.models.requirements import with_schedule
@@ -58,12 +58,20 @@ def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dt
 
 def weights_hash(model: ImageModel) -> str:
     """Hash the files of a local model and of its adapter: the same path may hold other weights tomorrow."""
-    roots = [Path(model.pretrained)] if Path(model.pretrained).is_dir() else []
+    roots = [Path(model.pretrained)] if Path(model.pretrained).exists() else []
     if model.pretrained == "pocket":
         roots = [POCKET_DIR]
     if model.adapter_path is not None:
         roots.append(find_adapter(model.adapter_path)[1])
     return _hash_of(roots)
+
+
+def identity_of(model: ImageModel) -> dict[str, Any]:
+    """Return what decides what a model draws: its files wherever they lie; of a base on the hub its name."""
+    names = {"adapter_path"}
+    if model.pretrained == "pocket" or Path(model.pretrained).exists():
+        names |= {"pretrained", "revision"}
+    return model.model_dump(mode="json", exclude=names) | {"weights": weights_hash(model)}
 
 
 def adapter_hash(path: Path) -> str:
@@ -74,12 +82,13 @@ def adapter_hash(path: Path) -> str:
 def _hash_of(roots: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for root in roots:
-        files = (
-            [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".safetensors", ".json"))
-        )
+        files = [root]
+        if root.is_dir():
+            files = sorted(path for path in root.rglob("*") if path.suffix in (".safetensors", ".json"))
         for file in files:
+            name = LORA_FILE if file == root else file.name  # one for all: a file that is renamed is the same
             state = file.stat()
-            digest.update(f"{file.name} {_file_hash(file.resolve(), state.st_size, state.st_mtime_ns)}\n".encode())
+            digest.update(f"{name} {_file_hash(file.resolve(), state.st_size, state.st_mtime_ns)}\n".encode())
     return digest.hexdigest()[:16]
 
 

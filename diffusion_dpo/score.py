@@ -3,13 +3,15 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from diffusion_dpo.config import command
+from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import say
-from diffusion_dpo.data.candidates import find_units
+from diffusion_dpo.data.candidates import Unit, find_units
+from diffusion_dpo.data.shards import read_columns
 from diffusion_dpo.files import alone_in, claim, finish
 from diffusion_dpo.scorers import Scorer
 from diffusion_dpo.scorers.judge import check_metrics, warn_if_constant
@@ -27,9 +29,10 @@ def run(config: ScoreConfig) -> Path:
     num_images = sum(unit.num_images for unit in units)
     mains = [scorer.metrics[0].name for scorer in config.scorers]
     say(f"score: {num_images} images of {config.path} by {', '.join(mains)}")
-    identity = {"path": str(config.path)}
     lines = [f"{'metric':<24}{'mean':>10}{'min':>10}{'max':>10}{'missing':>9}"]
-    with claim(folder, "score", identity) if elsewhere else alone_in(folder):
+    with claim(folder, "score", {}) if elsewhere else alone_in(folder):
+        if elsewhere:
+            _refuse_other_images(folder, units)
         for scorer in config.scorers:
             scoring = Scoring(
                 scorer,
@@ -42,7 +45,7 @@ def run(config: ScoreConfig) -> Path:
             )
             lines += _summary(scorer, scoring.run(units))
         if elsewhere:
-            finish(folder, "score", identity, num_images=num_images)
+            finish(folder, "score", {}, num_images=num_images)
     following: dict[str, object] = {"path": config.path}
     if elsewhere:
         following["scores_dir"] = folder
@@ -50,6 +53,16 @@ def run(config: ScoreConfig) -> Path:
         following["metric"] = mains[0]
     say("\n".join([*lines, f"scores: {folder}", f"next: {command('pair', following)}"]))
     return folder
+
+
+def _refuse_other_images(folder: Path, units: Sequence[Unit]) -> None:
+    """Raise ConfigError where the scores of a folder are all of other images, whose place these would take."""
+    scored: set[str] = set()
+    for path in folder.glob("scores-*.parquet"):
+        with suppress(ConfigError):  # a damaged one is made again
+            scored.update(*read_columns(path, ["uid"]))
+    if scored and not any(candidate.uid in scored for unit in units for candidate in unit.read(images=False)):
+        raise ConfigError(f"{folder} holds scores of other images; choose another output_dir")
 
 
 def _summary(scorer: Scorer, verdicts: Sequence[Verdicts]) -> list[str]:

@@ -6,6 +6,7 @@ dropout are functions of (seed, epoch, pair), so the state of a run is its weigh
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from diffusion_dpo import card, interrupt
-from diffusion_dpo.card.text import public_base
+from diffusion_dpo.card.public import public_base, public_data
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PairSource, collect
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 # What may change between two runs of one command without making it another run.
 _NOT_IDENTITY: Any = {
+    "data": True,  # its content is recorded instead, wherever it lies
+    "model": {"pretrained", "revision", "variant", "adapter_path"},  # and of these the weights
     "max_steps": True,
     "per_device_batch_size": True,
     "gradient_checkpointing": True,
@@ -106,9 +109,10 @@ def _run(
         "precision": str(dtype).removeprefix("torch."),
         "base_weights": model.base_hash,
         "encoders": model.encoder_hash,
-        "data": {**config.data.model_dump(mode="json"), "content": data.fingerprint},
+        "data": {"content": data.fingerprint, "num_rows": len(data)},
     }
-    with claim(config.output_dir, "train", identity) if processes.is_main else nullcontext():
+    way_on = f"train on from its result: output_dir=ANOTHER model.adapter_path={shlex.quote(str(config.output_dir))}"
+    with claim(config.output_dir, "train", identity, way_on=way_on) if processes.is_main else nullcontext():
         if processes.is_main:
             _write_text(config.output_dir / "config.yaml", dump(config))
             card.write_environment(config.output_dir / "environment.json")
@@ -129,6 +133,7 @@ def _run(
             "num_held_out": num_held_out,
             "drops": data.drops,
             "base": public_base(config, {}),
+            "data": public_data(config, {}),
             "labelled_by": source.labelled_by(),
             "lineage": sorted(source.lineage),
             "prompt_hashes": _prompt_hashes(data.prompt_keys),

@@ -8,7 +8,8 @@ import pytest
 from pydantic import Field
 
 from diffusion_dpo.cli_help import describe_settings
-from diffusion_dpo.config import Config, ConfigError, Plugin, command, dump, load, plugin, settings
+from diffusion_dpo.config import Config, ConfigError, Plugin, command, dump, load, plugin
+from diffusion_dpo.config_help import settings
 from diffusion_dpo.settings import VERBS, DemoConfig, PairConfig, ScoreConfig, TrainConfig
 
 

@@ -214,7 +214,7 @@ def test_a_rerun_changes_nothing_and_says_so(data: Path, capsys: pytest.CaptureF
     run(data)
     assert "export: all 4 pairs are there already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    with pytest.raises(ConfigError, match="seed: 0 then, 1 now"):
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
         run(data, "out", "seed=1")
     run(data, "tar", "format=webdataset")
     run(data, "tar", "format=webdataset", "seed=1")  # there are no sides in it

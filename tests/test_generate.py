@@ -93,7 +93,7 @@ def test_an_interrupted_run_leaves_whole_shards_and_goes_on(tiny_sd: Path, tmp_p
 
 def test_a_folder_of_other_settings_is_refused(tiny_sd: Path, tmp_path: Path):
     generate.run(make_config(tiny_sd, tmp_path / "out"))
-    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*seed: 0 then, 1 now"):
+    with pytest.raises(ConfigError, match=r"(?s)belongs to another run.*seed: 0 -> 1"):
         generate.run(make_config(tiny_sd, tmp_path / "out", "one\ntwo\nthree\n", "seed=1"))
     with pytest.raises(ConfigError, match="which generate did not make"):
         (tmp_path / "mine").mkdir()

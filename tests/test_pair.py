@@ -105,7 +105,7 @@ def test_a_rerun_changes_nothing_and_says_so(candidates: Path, capsys: pytest.Ca
 
 def test_a_folder_of_other_pairs_is_left_alone(candidates: Path) -> None:
     _pair(candidates)
-    with pytest.raises(ConfigError, match=r"min_margin: 0\.0 then, 0\.5 now"):
+    with pytest.raises(ConfigError, match=r"min_margin: 0\.0 -> 0\.5"):
         _pair(candidates, "pairs", "min_margin=0.5")
 
 

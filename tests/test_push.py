@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusion_dpo import card
+from diffusion_dpo.card.public import public_data, public_settings, scrub
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import dump, load
 from diffusion_dpo.files import write_json
-from diffusion_dpo.push import scrub
 from diffusion_dpo.settings import TrainConfig
 from tests.comparisons import made_report
 from tests.hub import TOKEN, Hub, hub_server
@@ -211,3 +211,27 @@ def test_settings_keep_no_path_and_no_secret() -> None:
         "scorers": [{"type": "http", "url": "https://...", "path": "b.txt", "num": 3}],
     }
     assert scrub(before) == after
+
+
+@pytest.mark.parametrize(
+    ("path", "exists", "name"),
+    [
+        ("/home/me/clients/acme", False, "acme"),
+        ("clients/acme", True, "acme"),
+        ("./acme", False, "acme"),
+        ("owner/name", False, "owner/name"),
+    ],
+)
+def test_the_data_has_its_name_on_the_hub_or_the_last_of_its_path(
+    run_dir: Path, path: str, exists: bool, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is a folder is seen from where training ran, and holds wherever it is pushed from."""
+    monkeypatch.chdir(tmp_path)
+    if exists:
+        Path(path).mkdir(parents=True)
+    config = load(TrainConfig, None, ["data.type=hub", f"data.path={path}", f"output_dir={run_dir}"])
+    facts = FACTS | {"data": public_data(config, {})}
+    monkeypatch.chdir("/")
+    texts = [card.local_card(config, "adapter", facts), yaml.safe_dump(public_settings(config, facts))]
+    assert f"of type hub ({name})" in texts[0].replace("\\", "")
+    assert all(path == name or path not in text for text in texts)

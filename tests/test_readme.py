@@ -83,7 +83,7 @@ def test_config_files_that_are_named_exist(path: Path) -> None:
 
 def test_settings_named_in_backticks_exist() -> None:
     """Dotted settings in the documents, such as `loss.beta`, are settings of train or compare."""
-    from diffusion_dpo.config import settings
+    from diffusion_dpo.config_help import settings
 
     known = {re.sub(r"\[\w+\]", "", setting.key) for cls in (TrainConfig, CompareConfig) for setting in settings(cls)}
     known |= {"model.type", "data.type", "loss.type"}

@@ -229,3 +229,28 @@ def test_what_is_no_run_is_one_sentence(
     assert main(["report", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
     assert not list(tmp_path.rglob("report.html"))
+
+
+def test_the_settings_of_a_run_are_read_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither report, push nor compare imports a class that a run's config.yaml names; training imports its own."""
+    monkeypatch.chdir(tmp_path)
+    Path("canary.py").write_text("open('IMPORTED', 'w')\nclass Evil: pass\n")
+    blocks = ("model", "data", "loss")
+    Path("run/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "run" / "adapter").mkdir()
+    (tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors").touch()
+    Path("run/config.yaml").write_text("".join(f"{name}:\n  type: canary:Evil\n  size: 3\n" for name in blocks))
+    Path("run/metrics.jsonl").write_text('{"step": 1, "loss": 0.69, "grad_norm": 1.0, "learning_rate": 1e-5}\n')
+    facts = {"num_pairs": 1, "num_held_out": 0, "steps": 1}
+    Path("run/manifest.json").write_text(json.dumps({"made_by": "train", "complete": True, "identity": {}, **facts}))
+    assert main(["report", "run"]) == 0
+    assert "canary:Evil" in Path("run/report.html").read_text()
+    assert main(["push", "path=run"]) == 0
+    checkpoint = "models.tuned.adapter_path=run/checkpoints/step-00000001"
+    assert main(["compare", checkpoint, "num_prompts=1", "output_dir=compared"]) == 2
+    assert "is of a model of somebody's own, canary:Evil" in capsys.readouterr().err
+    assert not Path("IMPORTED").exists()
+    assert main(["train", "run/config.yaml"]) == 2
+    assert Path("IMPORTED").exists()

@@ -1,7 +1,7 @@
 """What a finished run leaves for others: the adapter, a model card, and the environment it was made in."""
 
 import importlib.metadata
-import os
+import json
 import platform
 import shlex
 import shutil
@@ -13,7 +13,7 @@ from typing import Any
 from diffusion_dpo import __version__
 from diffusion_dpo.card.text import Shown, card_text
 from diffusion_dpo.config import command
-from diffusion_dpo.files import atomic_path, fsync_file, fsync_folder, write_json
+from diffusion_dpo.files import atomic_path, put_in_place, write_json
 from diffusion_dpo.models import LoadedModel
 from diffusion_dpo.settings import TrainConfig
 
@@ -28,21 +28,23 @@ def write_environment(path: Path) -> None:
 
 
 def save_model(model: LoadedModel, run_dir: Path) -> Path:
-    """Save the adapter or full UNet; an older one is removed only once the new one is whole and in its place."""
-    for leftover in run_dir.glob(".staging-*"):
-        shutil.rmtree(leftover)
-    staging = run_dir / f".staging-{uuid.uuid4().hex[:8]}"
+    """Save the adapter or full UNet; an older one stands until the new one is whole and takes its place."""
+    staging = run_dir / f".model.{uuid.uuid4().hex[:8]}.partial"
     staging.mkdir()
     saved = model.save(staging)
-    for file in saved.iterdir():
-        fsync_file(file)
+    for file in saved.glob("*.json"):
+        _forget_place(file)
     final = run_dir / saved.name
-    if final.exists():
-        os.replace(final, staging / "replaced")
-    os.replace(saved, final)
-    fsync_folder(run_dir)
+    put_in_place(saved, final)
     shutil.rmtree(staging)
     return final
+
+
+def _forget_place(file: Path) -> None:
+    """Take the folder of the base out of diffusers' settings: equal weights are equal files, wherever the base lay."""
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.pop("_name_or_path", None) is not None:
+        write_json(file, settings)
 
 
 def compare_command(config: TrainConfig) -> str:

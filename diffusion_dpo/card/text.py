@@ -8,20 +8,20 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
 
 from diffusion_dpo import __version__, registry
+from diffusion_dpo.card.public import HUB_ID, public_base, public_data
 from diffusion_dpo.card.results import Results
+from diffusion_dpo.config import ForeignPlugin
 from diffusion_dpo.models import DiffusionModel
 from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.report import MetricResult
 from diffusion_dpo.settings import TrainConfig
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#+!|~$&])")
 _ARXIV = re.compile(r"\b(\d{4}\.\d{5})\b")
 _LICENCES = {
@@ -93,27 +93,11 @@ def plain(text: object) -> str:
     return _SPECIAL.sub(r"\\\1", line)
 
 
-def public_base(config: TrainConfig, facts: Mapping[str, Any]) -> str:
-    """Return the base's hub id; of a local folder its name alone.
-
-    Which of them it is, is seen from where training ran, and noted among the facts of its manifest.
-    """
-    if facts.get("base"):
-        return str(facts["base"])
-    base = str(config.model.model_dump().get("pretrained", config.model.type))
-    return base if is_hub_id(base) or base == "pocket" else Path(base).name
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name is `owner/name` on the hub rather than a folder here, seen from where we are."""
-    return bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
-
-
 def _front_matter(config: TrainConfig, base: str, shown: Shown, *, is_lora: bool) -> str:
     entries: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
     if base in _LICENCES:
         entries["license"] = _LICENCES[base]
-    if _HUB_ID.fullmatch(base):
+    if HUB_ID.fullmatch(base):
         entries["base_model"] = base
         entries["base_model_relation"] = "adapter" if is_lora else "finetune"
     kind = "lora" if is_lora else "full-fine-tuning"
@@ -147,6 +131,8 @@ def _how_to_load(config: TrainConfig, base: str, shown: Shown) -> str:
 
 def _usage(config: TrainConfig, base: str, shown: Shown) -> str:
     """Return Python that loads the result; without paths of this machine where it is meant for others."""
+    if isinstance(config.model, ForeignPlugin):
+        return ""
     model = cast(DiffusionModel, config.model)
     if shown.repo_id is None:
         return model.usage(shown.kind)
@@ -203,9 +189,7 @@ def _row(result: MetricResult) -> str:
 
 
 def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
-    settings = config.data.model_dump()
-    source = str(settings.get("path", ""))
-    name = source if config.data.type == "hub" else Path(source).name
+    name = public_data(config, facts)
     named = f" ({plain(name)})" if name else ""
     lines = [
         f"{facts['num_pairs']} rows, of type {plain(config.data.type)}{named}, and {facts['num_held_out']} held out.",
@@ -257,7 +241,8 @@ def _limits(facts: Mapping[str, Any]) -> str:
 
 
 def _citation(config: TrainConfig) -> str:
-    words = (sys.modules[type(config.loss).__module__].__doc__ or "").strip()
+    is_foreign = isinstance(config.loss, ForeignPlugin)
+    words = "" if is_foreign else (sys.modules[type(config.loss).__module__].__doc__ or "").strip()
     found = _ARXIV.search(words)
     objective = ""
     if found and found[1] != "2311.12908":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_dpo.card.public import shown
 from diffusion_dpo.data.candidates import Unit
 from diffusion_dpo.data.prompts import Prompt
 from diffusion_dpo.report import BASELINE
@@ -33,16 +34,12 @@ class Compared:
     @property
     def description(self) -> str:
         """Where it comes from, in words; of an absolute path its last name, since a report is shown to others."""
-        text = _shown(Path(self.model.pretrained))
+        text = shown(Path(self.model.pretrained))
         if self.model.adapter_path is not None:
-            text += f" with {_shown(self.trained_by or self.model.adapter_path)}"
+            text += f" with {shown(self.trained_by or self.model.adapter_path)}"
             text += f" after step {self.step}" if self.step is not None else ""
             text += f" at {self.model.adapter_scale:g}" if self.model.adapter_scale != 1 else ""
         return text
-
-
-def _shown(path: Path) -> str:
-    return path.name if path.is_absolute() else str(path)
 
 
 @dataclass(frozen=True)

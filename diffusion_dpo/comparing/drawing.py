@@ -18,7 +18,7 @@ from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.prompts import Prompt
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.processes import Processes
-from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline
+from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline
 from diffusion_dpo.settings import CompareConfig
 
 if TYPE_CHECKING:
@@ -79,8 +79,7 @@ def draw_all(
 
 def _plan(config: CompareConfig, compared: Compared, prompts: Sequence[Prompt], precision: str) -> list[_Shard]:
     """Return a model's shards, seed after seed: whole batches of at least 64 images, but for the last."""
-    made_by = compared.model.model_dump(mode="json") | {"weights": compared.weights, "precision": precision}
-    made_by["adapter_path"] = None  # the weights say more
+    made_by = identity_of(compared.model) | {"precision": precision}
     decisive = json.dumps([made_by, config.sampling.model_dump(mode="json")], sort_keys=True)
     folder = config.output_dir / "images" / f"{compared.name}-{_hash(decisive)}"
     size = config.sampling.batch_size * -(-_MIN_SHARD_SIZE // config.sampling.batch_size)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.comparing import Compared
-from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.prompts import Prompt, prompt_hash
 from diffusion_dpo.files import read_manifest
@@ -15,8 +15,8 @@ from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE
 from diffusion_dpo.report.training_log import Point, read_log
 from diffusion_dpo.sampling import adapter_hash, weights_hash
-from diffusion_dpo.settings import CompareConfig, ImageModel, TrainConfig
-from diffusion_dpo.training.state import is_checkpoint, run_of, save_result
+from diffusion_dpo.settings import CompareConfig, ImageModel
+from diffusion_dpo.training.state import is_checkpoint, save_result, settings_of
 
 
 def refuse_missing(config: CompareConfig) -> None:
@@ -28,7 +28,7 @@ def refuse_missing(config: CompareConfig) -> None:
             continue
         try:
             if is_checkpoint(path):
-                load(TrainConfig, run_of(path) / "config.yaml")
+                settings_of(path)
             else:
                 find_adapter(path)
         except ConfigError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_dpo.card.public import public_name
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.device import pick_device
@@ -35,7 +36,7 @@ from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
 from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
-from diffusion_dpo.sampling import adapter_hash, weights_hash
+from diffusion_dpo.sampling import adapter_hash, identity_of
 from diffusion_dpo.settings import ExportConfig, ImageModel
 from diffusion_dpo.settings.sharing import LORA_FORMATS
 
@@ -99,10 +100,7 @@ def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
         "format": config.format,
         "dtype": config.dtype,
         "adapter_scale": config.adapter_scale,
-        "pretrained": base.pretrained,
-        "revision": base.revision,
-        "variant": base.variant,
-        "weights": weights_hash(model.model_copy(update={"adapter_path": config.adapter_path})),
+        "model": identity_of(model.model_copy(update={"adapter_path": config.adapter_path})),
     }
 
 
@@ -264,7 +262,7 @@ def _write(
         ranks, alphas = [layer.rank for layer in every], [layer.alpha for layer in every]
         if config.format == "kohya":  # in whose names all layers of a part have one
             alphas = [common_alpha(of_part) for of_part in layers.values()]
-        header |= kohya_header(pipeline, ranks, alphas, name=name, base=_public_name(base.pretrained))
+        header |= kohya_header(pipeline, ranks, alphas, name=name, base=public_name(base.pretrained))
         if config.format == "kohya":
             weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")
             write_safetensors(staging / f"{name}.safetensors", weights, header)
@@ -345,11 +343,6 @@ def _dtype(config: ExportConfig) -> "torch.dtype":
     import torch
 
     return {"fp16": torch.float16, "fp32": torch.float32}[config.dtype]
-
-
-def _public_name(pretrained: str) -> str:
-    """Return a base's hub id; of a folder only its name, since the path to it is nobody's business."""
-    return Path(pretrained).name if Path(pretrained).is_dir() else pretrained
 
 
 def _say_verified(moved: dict[str, float], off: dict[str, float]) -> None:

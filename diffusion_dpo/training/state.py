@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from diffusion_dpo import card, checkpoint
-from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.config import ConfigError, ForeignPlugin, load
 from diffusion_dpo.models import DiffusionModel
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import Run
@@ -103,6 +103,17 @@ def run_of(folder: Path) -> Path:
     return folder.parent.parent
 
 
+def settings_of(folder: Path) -> TrainConfig:
+    """Return the settings of the run that a checkpoint is in, as data; raises ConfigError for a model from outside."""
+    config = load(TrainConfig, run_of(folder) / "config.yaml", is_data=True)
+    if isinstance(config.model, ForeignPlugin):
+        raise ConfigError(
+            f"{folder} is of a model of somebody's own, {config.model.type}, whose code is not run on the word of a "
+            f"folder; only what training saved in {run_of(folder)} can be taken"
+        )
+    return config
+
+
 def save_result(folder: Path, output_dir: Path) -> Path:
     """Write the adapter or UNet that training would have ended with at a checkpoint; return its folder.
 
@@ -110,7 +121,7 @@ def save_result(folder: Path, output_dir: Path) -> Path:
     """
     import torch
 
-    config = load(TrainConfig, run_of(folder) / "config.yaml")
+    config = settings_of(folder)
     found = checkpoint.load(folder)
     values = found.parts.get("ema") or found.parts["trained"]
     model = cast(DiffusionModel, config.model).load(device=torch.device("cpu"), dtype=torch.float32, seed=config.seed)

@@ -1,0 +1,110 @@
+"""Folders that belong to one run by what it is made of, and folders that take another one's place."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_dpo import files
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.files import MANIFEST, alone_in, claim, put_in_place, read_manifest
+
+
+def made(folder: Path, identity: dict[str, Any]) -> None:
+    with claim(folder, "train", identity):
+        (folder / "weights").touch()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "lines"),
+    [
+        ({"seed": 0, "rate": 1e-5}, {"seed": 1, "rate": 1e-5}, ["seed: 0 -> 1"]),
+        ({"a": {"b": {"c": 1, "d": 2}}}, {"a": {"b": {"c": 3, "d": 2}}}, ["a.b.c: 1 -> 3"]),
+        ({"weights": "0123456789abcdef"}, {"weights": "fedcba9876543210"}, ["weights: 01234567 -> fedcba98"]),
+        (
+            {"loss": {"type": "dpo", "beta": 2000, "x": 1}},
+            {"loss": {"type": "ipo", "beta": 10}},
+            ["loss.type: dpo -> ipo"],
+        ),
+        ({"model": {"lora": {"rank": 8}}}, {"model": {"lora": None}}, ['model.lora: {"rank": 8} -> null']),
+        ({"x": "y" * 400}, {"x": "z"}, [f"x: {'y' * 48}... -> z"]),
+        ({"old": 1}, {"new": 2}, ["new: null -> 2", "old: 1 -> null"]),
+    ],
+)
+def test_a_refusal_names_what_differs_and_the_way_to_go_on(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], lines: list[str]
+) -> None:
+    made(tmp_path, before)
+    with pytest.raises(ConfigError) as caught, claim(tmp_path, "train", now, way_on="train on from it"):
+        pass
+    first, *shown, last = str(caught.value).splitlines()
+    assert first == f"{tmp_path} belongs to another run. Different, then -> now:"
+    assert [line.strip() for line in shown] == lines
+    assert last == "Undo the change to go on with it, or train on from it"
+    made(tmp_path, before)  # which is still its run
+
+
+def test_facts_stand_in_the_manifest_before_the_run_is_finished(tmp_path: Path) -> None:
+    with claim(tmp_path, "train", {}, facts={"labelled_by": ["clip"]}):
+        assert read_manifest(tmp_path) == {
+            "made_by": "train",
+            "complete": False,
+            "identity": {},
+            "labelled_by": ["clip"],
+        }
+
+
+class Stopped(BaseException):
+    """The process is killed."""
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("call", range(4))
+def test_one_of_two_folders_is_there_whenever_it_stops(
+    tmp_path: Path, at_once: bool, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the exchange of Linux and without it; what a kill leaves is cleared up by the next one who is alone in."""
+    final = tmp_path / "adapter"
+    final.mkdir()
+    (final / "weights").write_text("old")
+    staged = tmp_path / f".model.{'0' * 8}.partial" / "adapter"
+    staged.mkdir(parents=True)
+    (staged / "weights").write_text("new")
+    calls, seen = 0, []
+
+    def counted(function: Any) -> Any:
+        def wrapper(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                raise Stopped
+            found = function(*arguments)
+            seen.append(final.exists())
+            return found
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        if not at_once:
+            patch.setattr(files, "_exchange", lambda first, second: False)
+        patch.setattr(files, "_exchange", counted(files._exchange))
+        patch.setattr(os, "replace", counted(os.replace))
+        patch.setattr(files, "fsync_folder", lambda folder: None)
+        try:
+            put_in_place(staged, final)
+        except Stopped:
+            pass
+    assert not at_once or all(seen), "with the exchange it is there all the time"
+    with alone_in(tmp_path):
+        assert (final / "weights").read_text() == ("old" if call == 0 or (not at_once and call < 3) else "new")
+        assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".lock"}
+
+
+def test_what_is_left_half_written_is_cleared_up(tmp_path: Path) -> None:
+    (tmp_path / f".{MANIFEST}.{'1' * 8}.partial").touch()
+    (tmp_path / f".adapter.{'2' * 8}.replaced").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / ".mine.partial").touch()
+    with alone_in(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".lock", ".mine.partial"}
