@@ -1,5 +1,6 @@
 """`export`: what it writes is read back as the same pairs, by us and by others, and a killed run leaves no trace."""
 
+import io
 import json
 import os
 import signal
@@ -11,14 +12,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from diffusion_dpo import export
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, load
-from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.pairs import pair_row
+from diffusion_dpo.data import Dropped, PairSource, PreferencePair, tar_shards
+from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.pairs import PairsData, pair_row
 from diffusion_dpo.data.pickapic import PickapicData, pickapic_row
 from diffusion_dpo.data.rows import make_labelled_image, make_pair
 from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
@@ -161,17 +165,21 @@ def test_tar_files_hold_the_pairs_as_they_are(data: Path) -> None:
             members = tar.getmembers()
             assert all((it.mtime, it.uid, it.gid, it.uname, it.mode) == (0, 0, 0, "", 0o644) for it in members)
             found += [(it.name, tar.extractfile(it).read()) for it in members]  # type: ignore[union-attr]
+    facts_of_pairs = []
     for number, it in enumerate(PAIRS_OF_ALL_KINDS):
         chosen, rejected, facts = found[3 * number : 3 * number + 3]
         assert chosen == (f"{it.pair_id}.chosen.jpg", it.chosen)
         assert rejected == (f"{it.pair_id}.rejected.png", it.rejected)
         assert facts[0] == f"{it.pair_id}.json" and facts[0].count(".") == 1
         read = json.loads(facts[1], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-        assert (read["prompt"], read["label_prob"], read["margin"]) == (it.prompt, it.label_prob, it.margin)
-    assert json.loads(found[5][1])["chosen_scores"] == {"clip": 0.3}
-    assert json.loads(found[5][1])["rejected_scores"] == {"clip": None}
-    assert json.loads(found[2][1])["chosen_origin"] == {"position": 1, "model": "m"}
-    assert json.loads(found[11][1])["chosen_origin"] == {"model": "?", "x": [None]}
+        assert (read["prompt"], read["label_prob"]) == (it.prompt, it.label_prob)
+        texts = {name: json.loads(value) for name, value in read.items() if name in tar_shards.AS_TEXT}
+        assert texts["margin"] == it.margin
+        facts_of_pairs.append(texts)
+    assert facts_of_pairs[1]["chosen_scores"] == {"clip": 0.3}
+    assert facts_of_pairs[1]["rejected_scores"] == {"clip": None}
+    assert facts_of_pairs[0]["chosen_origin"] == {"position": 1, "model": "m"}
+    assert facts_of_pairs[3]["chosen_origin"] == {"model": "?", "x": [None]}
 
 
 def test_datasets_reads_the_tar_files(data: Path, tmp_path: Path) -> None:
@@ -182,6 +190,63 @@ def test_datasets_reads_the_tar_files(data: Path, tmp_path: Path) -> None:
     assert [it["prompt"] for it in found["json"]] == [it.prompt for it in PAIRS_OF_ALL_KINDS]
     assert found[0]["chosen.jpg"].size == (40, 40)
     assert found["__key__"][:] == [it.pair_id for it in PAIRS_OF_ALL_KINDS]
+
+
+def as_people_have_them(path: Path) -> Path:
+    """Pairs of every format, turned by EXIF, transparent, of 16 bits, with a mask or without; margins on the last."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    sides = [encode(photo((i + 1) % 4, (48, 32)), "JPEG") for i in range(7)]
+    others = [
+        encode(photo(0, (48, 32)), "JPEG", exif=turned),
+        encode(photo(1, (48, 32)), "AVIF"),
+        encode(photo(2, (48, 32)).convert("RGBA").rotate(30), "PNG"),
+        encode(photo(3, (48, 32)), "WEBP"),
+        encode(photo(0, (44, 32)), "TIFF"),
+        encode(photo(1, (44, 32)), "PNG", exif=turned),
+        encode(photo(2, (44, 32)), "GIF"),
+    ]
+    rows = [pair_row(pair(f"prompt {i}", *it)) for i, it in enumerate(zip(sides, others, strict=True))]
+    rows[6] |= {"margin": 0.5, "margin_norm": 2.0, "chosen_scores": '{"clip": 0.3}', "chosen_origin": '{"model": "m"}'}
+    mask = encode(Image.new("L", (48, 32), "white"), "PNG")
+    table = pa.Table.from_pylist([row | {"mask": mask if i == 3 else None} for i, row in enumerate(rows)])
+    path.mkdir()
+    pq.write_table(table.set_column(2, "chosen", pa.array(sides)), path / "pairs.parquet")
+    return path
+
+
+def pixels(it: PreferencePair) -> tuple[object, ...]:
+    hashes = [pixel_hash(decode_rgb(data)) for data in (it.chosen, it.rejected)]
+    return it.prompt, *hashes, it.label_prob, it.margin, it.chosen_scores, it.chosen_origin, bool(it.mask)
+
+
+@pytest.mark.parametrize("format_", ["webdataset", "pickapic"])
+def test_images_that_readers_disagree_on_are_written_so_that_they_agree(
+    tmp_path: Path, format_: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`datasets`, from the folder alone, Pillow and our own reader decode the pixels that are trained on."""
+    import datasets
+
+    data = as_people_have_them(tmp_path / "d")
+    ours = list(PairsData(path=data).read())
+    wanted = [pixels(it) for it in ours]  # type: ignore[arg-type]
+    folder = run(data, format_, f"format={format_}", "shard_size=100")
+    kept = 0 if format_ == "webdataset" else 1  # WebP stays where it may stand beside other formats
+    assert f"{7 - kept} images are written as upright PNG" in capsys.readouterr().out
+    found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 7
+    for row, it in zip(found, wanted, strict=True):
+        if format_ == "webdataset":
+            images = [row["chosen.jpg"], row["rejected.png"]]
+            assert row["json"]["prompt"] == it[0] and row["json"]["has_mask"] == it[-1]
+        else:
+            best = 0 if row["label_0"] == 1 else 1
+            images = [Image.open(io.BytesIO(row[f"jpg_{side}"])) for side in (best, 1 - best)]
+        assert [pixel_hash(image.convert("RGB")) for image in images] == list(it[1:3])
+    if format_ == "webdataset":
+        assert json.loads(found[6]["json"]["chosen_scores"]) == {"clip": 0.3}, "though the first rows have none"
+        assert [pixels(it) for it in PairsData(path=folder).read()] == wanted  # type: ignore[arg-type]
+        assert [it.chosen for it in PairsData(path=folder).read()] == [it.chosen for it in ours]  # type: ignore[union-attr]
 
 
 def test_masks_are_kept_or_missed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

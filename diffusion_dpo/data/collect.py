@@ -40,15 +40,17 @@ Look = Callable[[int, PreferencePair, tuple[Image.Image | None, Image.Image | No
 """Gets a pair's row, the pair, and its decoded images, chosen first; None for a side that is not there."""
 
 
-def collect(source: PairSource, *, max_broken_share: float, index_dir: Path | None = None) -> Collected:
+def collect(
+    source: PairSource, *, max_broken_share: float, index_dir: Path | None = None, look: Look | None = None
+) -> Collected:
     """Check every row of a source, say what was dropped and why, and return what is left.
 
     An index of the same data in `index_dir` is taken instead of looking at the data; nothing is written there, which
-    is `Collected.save`. Raises ConfigError when nothing is left, or when more than `max_broken_share` of the rows are
-    broken.
+    is `Collected.save`. `look` is that of `survey`. Raises ConfigError when nothing is left, or when more than
+    `max_broken_share` of the rows are broken.
     """
     indexed = find_index(source, index_dir) if index_dir is not None else None
-    found = indexed or survey(source)
+    found = indexed or survey(source, look=look)
     dropped = found.dropped
     total = len(found) + len(dropped)
     name = f"the data ({source.type or type(source).__name__})"

@@ -1,27 +1,36 @@
-"""Any Parquet data set by the names of its columns, local or on the Hugging Face hub."""
+"""Any table of preferences by the names of its columns: Parquet, Arrow, tars or JSON, local or on the hub."""
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.console import say
+from diffusion_dpo.console import say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.rows import Ties, make_labelled_pair, make_pair
+from diffusion_dpo.data.by_column import Columns, count_rows, read_labels_of, read_table
+from diffusion_dpo.data.holding import Holding
+from diffusion_dpo.data.labels import Labels, Meaning, read_labels
+from diffusion_dpo.data.layout import find_settings
+from diffusion_dpo.data.rows import Ties
 from diffusion_dpo.data.stamps import stamp_of
 
 _SPLITS = ("train", "test", "validation", "val", "dev")
+Two = tuple[str, str]
 
 
 class HubData(PairSource):
-    """Parquet with image columns, as Hugging Face `datasets` writes it.
+    """Rows with image columns, as Hugging Face `datasets` writes them and as people name them.
 
-    Either `chosen_column` and `rejected_column`, or `image_0_column`, `image_1_column` and `label_column`.
+    Either `chosen_column` and `rejected_column`, or `image_0_column`, `image_1_column` and one of `label_column`,
+    `votes_columns`, `share_columns` and `score_columns`.
     """
+
+    noun: ClassVar[str] = "preference pairs by the names of their columns"
 
     path: str
     """A local Parquet file or folder, or the id of a data set on the hub, `owner/name`."""
@@ -32,32 +41,64 @@ class HubData(PairSource):
     max_rows: int | None = Field(None, ge=1)
     """Read only the first so many rows, and download only the files that hold them; null reads all."""
     prompt_column: str = "prompt"
-    """The prompts."""
+    """The prompts: texts, or chats of which the user's message is taken."""
     chosen_column: str = "chosen"
-    """The better images."""
+    """The better images; a row with a list of them makes a pair of each."""
     rejected_column: str = "rejected"
-    """The worse images."""
+    """The worse images, or lists of them."""
     image_0_column: str | None = None
-    """First images, where a label says which one is better."""
+    """First images, where another column says which one is better."""
     image_1_column: str | None = None
     """Second images."""
     label_column: str | None = None
-    """Probability that the first image is better: 1, 0, or 0.5 for a tie."""
+    """Which image is better: the probability that the first is (1, 0, or 0.5 for a tie), true and false, -1 and 1, 1
+    and 2, left and right, first and second, a and b, image_0 and image_1, or the id or the model of the better one.
+    For the index of the winner, 0 for the first image, set label_meaning=winner_index, or swap the image columns."""
+    label_meaning: Meaning = "probability"
+    """probability: a label of 1 means that the first image is better. winner_index: 0 does, or 1 where labels are 1
+    and 2."""
+    votes_columns: Two | None = None
+    """Two columns with the numbers of votes for either image; the label probability is (votes + 1) / (all + 2)."""
+    share_columns: Two | None = None
+    """Two columns with the shares of votes, smoothed in the same way."""
+    share_votes_column: str | None = None
+    """A column that lists the votes behind the shares, as JSON; it is counted."""
+    share_votes: int = Field(10, ge=1)
+    """The number of votes behind a share where no column lists them."""
+    score_columns: Two | None = None
+    """Two columns with scores: the image with the higher one is better, by the difference; of chosen and rejected
+    images they are kept, and decide nothing."""
+    model_columns: Two | None = None
+    """Two columns with the names of the models that drew the images."""
     ties: Ties = "drop"
     """keep trains on ties too, as pairs with label probability 0.5."""
 
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        settings = find_settings(found.columns, files=found.is_text) if found.table else None
+        if settings is None:
+            return None
+        return settings | {"path": str(found.table.files[0] if found.table and found.is_text else found.path)}
+
     @model_validator(mode="after")
-    def _labels_are_whole(self) -> Self:
-        names = {name: getattr(self, name) for name in ("image_0_column", "image_1_column", "label_column")}
-        missing = [name for name, value in names.items() if value is None]
-        if 0 < len(missing) < 3:
+    def _one_thing_decides(self) -> Self:
+        images = ("image_0_column", "image_1_column")
+        ways = ("label_column", "votes_columns", "share_columns", "score_columns")
+        given = [name for name in ways if getattr(self, name) is not None]
+        missing = [name for name in images if getattr(self, name) is None]
+        if len(missing) == 1 or (missing and set(given) - {"score_columns"}) or (not missing and not given):
+            missing += [] if given else ["label_column"]
             raise ValueError(
-                f"image_0_column, image_1_column and label_column go together; missing: {', '.join(missing)}"
+                f"image_0_column, image_1_column and label_column go together; missing: {', '.join(missing)} "
+                f"(instead of label_column there may be {', '.join(ways[1:])})"
             )
+        if len(set(given) - {"score_columns"}) > 1:
+            raise ValueError(f"{' and '.join(given)} may say different things; keep one of them")
         return self
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
-        """Yield the rows of the split, file by file; hub files are downloaded when their turn comes."""
+        """Yield the rows of the split, file by file; ConfigError when the labels do not say which image is better."""
         return islice(self._read_all(), self.max_rows)
 
     def num_rows(self) -> int:
@@ -71,31 +112,43 @@ class HubData(PairSource):
 
     def _needed_files(self) -> Iterator[tuple[Path, int]]:
         """Yield every file that holds one of the first `max_rows` rows, and its number of rows."""
-        from diffusion_dpo.data import shards
-
-        total = 0
+        total, columns = 0, self._columns()
         for file in self._files():
-            count = shards.num_rows(file)
+            count = count_rows(file, columns)
             yield file, count
             total += count
             if self.max_rows is not None and total >= self.max_rows:
                 return
 
     def _read_all(self) -> Iterator[PreferencePair | Dropped]:
-        from diffusion_dpo.data import shards
-
-        labelled = self.label_column is not None
-        images = (self.image_0_column, self.image_1_column) if labelled else (self.chosen_column, self.rejected_column)
-        columns = [name for name in (self.prompt_column, *images, self.label_column) if name is not None]
+        columns, labels = self._columns(), None
+        if columns.decides == "label":
+            files = tuple(file for file, _ in self._needed_files())
+            labels = _labels_of(files, columns, stamp_of(files))
+        elif columns.decides in ("votes", "shares"):
+            _say_smoothing(self.path)
         for file in self._files():
-            for where, row in shards.located_rows(file, columns):
-                prompt, first, second, *label = (row[name] for name in columns)
-                if labelled:
-                    yield make_labelled_pair(
-                        where, prompt, (first, second), label[0], ties=self.ties, source=self.path
-                    )
-                else:
-                    yield make_pair(where, prompt, first, second, source=self.path)
+            yield from read_table(file, columns, labels, ties=self.ties, source=self.path)
+
+    def _columns(self) -> Columns:
+        ways = {"label": self.label_column, "votes": self.votes_columns, "shares": self.share_columns}
+        decides = next((name for name, value in ways.items() if value is not None), "scores")
+        images = (self.image_0_column, self.image_1_column)
+        first, second = (self.chosen_column, self.rejected_column) if None in images else images
+        assert first is not None and second is not None
+        return Columns(
+            self.prompt_column,
+            (first, second),
+            "order" if None in images else decides,
+            label=self.label_column,
+            meaning=self.label_meaning,
+            votes=self.votes_columns,
+            shares=self.share_columns,
+            votes_behind=self.share_votes_column,
+            num_votes=self.share_votes,
+            scores=self.score_columns,
+            models=self.model_columns,
+        )
 
     def _files(self) -> Iterator[Path]:
         from diffusion_dpo.data import shards
@@ -112,6 +165,22 @@ class HubData(PairSource):
             raise ConfigError(
                 f"data.path: there is no file or folder {self.path}, and it is not a hub id (owner/name)"
             )
+
+
+@lru_cache(maxsize=8)
+def _labels_of(files: tuple[Path, ...], columns: Columns, stamp: str) -> Labels:
+    """Read all labels of some files in the state `stamp`, and say once how they are understood."""
+    assert columns.label is not None
+    found = read_labels(columns.label, (it for file in files for it in read_labels_of(file, columns)), columns.meaning)
+    if found.only:
+        warn(f"{columns.label} is {found.only} in every row, so nothing shows that it means what is taken here:")
+    say(f"{columns.label}: {found.summary.format(*columns.images)}")
+    return found
+
+
+@lru_cache(maxsize=8)
+def _say_smoothing(path: str) -> None:
+    say(f"{path}: the label probability of a pair is (votes for its better image + 1) / (all its votes + 2)")
 
 
 def _of_split(names: list[str], split: str, data_set: str) -> list[str]:

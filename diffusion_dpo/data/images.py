@@ -1,9 +1,10 @@
 """Encoded image bytes, from anywhere, to RGB pixels of bounded size, or a few words on why not."""
 
+import base64
 import hashlib
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
@@ -12,8 +13,27 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded. Pillow knows dozens more, some of which start other programs."""
 
+_BASE64_HEADS = (
+    b"iVBORw0KGgo",
+    b"/9j/",
+    b"_9j_",
+    b"UklGR",
+    b"R0lGOD",
+    b"Qk",
+    b"SUkqA",
+    b"TU0AK",
+    b"AAAA",
+    b"/woAAA",
+    b"AAAADEpYTCA",
+)
+"""How base64 of PNG, JPEG, WebP, GIF, BMP, TIFF, and of AVIF and its like, begins."""
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_LONGEST_PATH = 4096
+_LONGEST_HEAD = 64
+_PATH = "a path instead of image bytes"
+
 # What Pillow's decoders raise on damaged files, the last six on damaged metadata; RuntimeError is AVIF's.
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, RuntimeError, EOFError, struct.error),
     *(TypeError, AttributeError, OverflowError, KeyError, IndexError, ZeroDivisionError),
 )
@@ -29,21 +49,74 @@ _UPRIGHT = {
 """What undoes each orientation of EXIF; 1 is upright."""
 
 
+class Unusable(str):
+    """In place of a value of a row that cannot be used: a few words on why."""
+
+    __slots__ = ()
+
+
 class BrokenImage(ValueError):  # noqa: N818 - it names the image's state
     """An image that cannot be used; the message says why in a few words, without naming the image."""
 
 
 def image_bytes(value: Any) -> bytes:
-    """Return the encoded bytes of an image column's value: plain bytes, or a struct of `bytes` and `path`.
+    """Return the encoded bytes of an image column's value: bytes, base64 text, or a struct of `bytes` and `path`.
 
     Raises BrokenImage. A path is never followed: a dataset must not read the user's files.
     """
+    if isinstance(value, Unusable):
+        raise BrokenImage(value)
     data = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(data, bytearray | memoryview) or (isinstance(data, list) and is_bytes_as_numbers(data)):
+        data = bytes(data)
+    if isinstance(data, str | bytes) and data:
+        decoded = _from_base64(data)
+        if decoded is not None:
+            return decoded
     if isinstance(data, bytes) and data:
         return data
-    if isinstance(data, str) or (isinstance(value, Mapping) and value.get("path")):
-        raise BrokenImage("a path instead of image bytes")
-    raise BrokenImage("no image" if data is None or data == b"" else "not image bytes")
+    if isinstance(data, str) and data:
+        raise BrokenImage(_explain_text(data))
+    if isinstance(value, Mapping) and value.get("path"):
+        raise BrokenImage(_PATH)
+    if isinstance(data, list | tuple) and data:
+        raise BrokenImage("a list instead of one image")
+    is_nan = isinstance(data, float) and data != data  # pandas writes it for what is missing
+    raise BrokenImage(
+        "no image" if is_nan or data is None or (isinstance(data, Sized) and len(data) == 0) else "not image bytes"
+    )
+
+
+def is_bytes_as_numbers(data: Any) -> bool:
+    """Whether a value is a list<uint8>, as JSON and some writers of Parquet hold bytes."""
+    return (
+        isinstance(data, list) and len(data) > _LONGEST_HEAD and all(type(it) is int and 0 <= it < 256 for it in data)
+    )
+
+
+def _from_base64(data: str | bytes) -> bytes | None:
+    """Return the image that is written as base64, or as a data: URI with it; None for anything else."""
+    text = data if isinstance(data, bytes) else data.encode("ascii", errors="replace")
+    head = text[:_LONGEST_HEAD].lstrip()
+    if head.startswith(b"data:"):
+        kind, _, text = text.partition(b",")
+        if not kind.endswith(b";base64"):
+            return None
+    elif not head.startswith(_BASE64_HEADS):
+        return None
+    text = b"".join(text.split()).translate(_URL_SAFE)
+    try:
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True) or None
+    except ValueError:
+        return None
+
+
+def _explain_text(text: str) -> str:
+    if text.startswith(("http://", "https://")):
+        return "a URL instead of image bytes"
+    if len(text) > _LONGEST_PATH or text.startswith("data:"):
+        return "text instead of image bytes, and no base64 of an image"
+    return _PATH
 
 
 def middle_square(size_px: tuple[int, int]) -> tuple[float, float, float, float]:
@@ -71,7 +144,7 @@ def decode_rgb(data: bytes, *, min_side_px: int = 32) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise BrokenImage(f"larger than {MAX_PIXELS // 1_000_000} megapixels") from None
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise BrokenImage(_explain(data, error)) from error
 
 
@@ -91,7 +164,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turn an image by its EXIF orientation; metadata that cannot be read says nothing, and never costs the image."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except _DECODING_ERRORS:
+    except DECODING_ERRORS:
         return image
     turn = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)

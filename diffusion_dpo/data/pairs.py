@@ -1,6 +1,7 @@
 """Our own pairs: what `pair` and `label` write, what `train` reads unless told otherwise."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.holding import Holding
-from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.layout import find_settings
+from diffusion_dpo.data.rows import each_of, make_pair, number
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.files import read_manifest
 
 _REQUIRED = ("prompt", "chosen", "rejected")
 _OPTIONAL = (
     "mask",
+    "has_mask",
     "chosen_uid",
     "rejected_uid",
     "chosen_scores",
@@ -38,8 +41,10 @@ class PairsData(PairSource):
 
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
-        """See PairSource."""
-        return {} if found.columns >= set(_REQUIRED) and not found.is_text else None
+        """See PairSource; with columns that name models or scores of the two images, `hub` reads more of them."""
+        ours = found.columns >= set(_REQUIRED) and not found.is_text
+        more = ("chosen_origin" not in found.columns and find_settings(found.columns)) or {}
+        return {} if ours and not {"model_columns", "score_columns"} & more.keys() else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; ids are taken from the content, so that an edited file cannot carry stale ones."""
@@ -49,13 +54,14 @@ class PairsData(PairSource):
             present = shards.column_names(file)
             columns = (*_REQUIRED, *(name for name in _OPTIONAL if name in present))
             for where, row in shards.located_rows(file, columns):
-                yield _read_row(where, row)
+                for place, chosen, rejected in each_of(where, row["chosen"], row["rejected"]):
+                    yield _read_row(place, row | {"chosen": chosen, "rejected": rejected})
 
     def num_rows(self) -> int:
-        """Return the number of rows, from the files' footers."""
+        """Return the number of rows, from the files' footers; of lists of images, that of the longer side's images."""
         from diffusion_dpo.data import shards
 
-        return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
+        return sum(shards.num_rows(file, _REQUIRED[1:]) for file in shards.parquet_files(self.path))
 
     def stamp(self) -> str:
         """Return the state of the files."""
@@ -115,9 +121,10 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
         label_prob = 1.0
     if not isinstance(label_prob, int | float) or not 0.5 <= label_prob <= 1:
         return Dropped(where, "label_prob is not between 0.5 and 1")
-    margin, margin_norm = row.get("margin"), row.get("margin_norm")
-    if not isinstance(margin, int | float | None) or not isinstance(margin_norm, int | float | None):
+    margins = [row.get(name) for name in ("margin", "margin_norm")]
+    if any(it not in (None, "null") and number(it) is None for it in margins):
         return Dropped(where, "the margin is not a number")
+    margin, margin_norm = map(number, margins)
     try:
         chosen_scores, rejected_scores = (_scores(row.get(f"{side}_scores")) for side in ("chosen", "rejected"))
     except ValueError:
@@ -131,7 +138,7 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
         row["prompt"],
         row["chosen"],
         row["rejected"],
-        mask=row.get("mask"),
+        mask=None if row.get("has_mask") is False else row.get("mask"),
         source=str(row.get("source") or ""),
         label_prob=float(label_prob),
     )
@@ -152,8 +159,8 @@ def _read_row(where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
 
 
 def _scores(text: Any) -> dict[str, float]:
-    """Read the scores of one image; raises ValueError."""
-    scores = _object(text)
+    """Read the scores of one image, null for NaN; raises ValueError."""
+    scores = {name: math.nan if value is None else value for name, value in _object(text).items()}
     if not all(isinstance(value, int | float) for value in scores.values()):
         raise ValueError(text)
     return scores

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data import arrow_files, tars
 from diffusion_dpo.files import atomic_path
 
 if TYPE_CHECKING:
@@ -123,10 +124,8 @@ def write_shard(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
-def read_rows(
-    path: Path, columns: Sequence[str] | None = None, pattern: str = "*.parquet"
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a Parquet file, or of all matching files of a folder, in order of file name.
+def read_rows(path: Path, columns: Sequence[str] | None = None, pattern: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file, or of all matching files of a folder (`parquet_files`), in order of file name.
 
     Only a few rows are in memory at a time. Raises ConfigError when there is no such file, when a file is damaged, and
     when it lacks one of the columns.
@@ -137,11 +136,27 @@ def read_rows(
 
 
 def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `(where, row)` for the rows of one file; `where` is for the user to find it: `a.parquet row 3`, from 0."""
+    """Yield `(where, row)` for the rows of one file, Parquet, Arrow or tar; a few are in memory at a time.
+
+    `where` is for the user to find it: `a.parquet row 3`, from 0. Raises ConfigError as `read_rows` does.
+    """
+    if columns is not None or tars.is_tar(file):
+        present = column_names(file)
+        _require(file, columns or (), present)
+    if tars.is_tar(file):
+        yield from tars.located_rows(file, present if columns is None else columns)
+        return
+    batches = arrow_files.row_batches if arrow_files.is_arrow(file) else _row_batches
+    index = 0
+    for rows in batches(file, columns, ROW_GROUP_SIZE):
+        for row in rows:
+            yield f"{file.name} row {index}", row
+            index += 1
+
+
+def _row_batches(file: Path, columns: Sequence[str] | None, size: int) -> Iterator[list[dict[str, Any]]]:
     with _open(file) as parquet:
-        _require(file, columns or (), parquet.schema_arrow.names)
-        batches = parquet.iter_batches(ROW_GROUP_SIZE, columns=columns, use_threads=False)
-        index = 0
+        batches = parquet.iter_batches(size, columns=columns, use_threads=False)
         while True:
             try:
                 batch = next(batches, None)
@@ -150,13 +165,14 @@ def located_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[t
                 raise _damaged(file, error) from error
             if not rows:
                 return
-            for row in rows:
-                yield f"{file.name} row {index}", row
-                index += 1
+            yield rows
 
 
 def read_columns(file: Path, columns: Sequence[str]) -> list[list[Any]]:
     """Return whole columns of a file without images, each as a list; raises ConfigError as `read_rows` does."""
+    if tars.is_tar(file) or arrow_files.is_arrow(file):
+        rows = [row for _, row in located_rows(file, columns)]
+        return [[row[name] for row in rows] for name in columns]
     with _open(file) as parquet:
         _require(file, columns, parquet.schema_arrow.names)
         try:
@@ -166,32 +182,60 @@ def read_columns(file: Path, columns: Sequence[str]) -> list[list[Any]]:
             raise _damaged(file, error) from error
 
 
-def parquet_files(path: Path, pattern: str = "*.parquet") -> list[Path]:
-    """Return `path` itself, or the matching files below it, sorted; hidden files and folders are passed over.
+def is_table(file: Path) -> bool:
+    """Whether a file is named as one that holds rows, and is not a cache of `datasets`."""
+    if arrow_files.is_arrow(file):
+        return arrow_files.belongs(file)
+    return tars.is_tar(file) or file.suffix == ".parquet"
 
-    Raises ConfigError when there are none.
+
+def parquet_files(path: Path, pattern: str = "") -> list[Path]:
+    """Return `path` itself, or the files with rows below it, sorted; hidden files and folders are passed over.
+
+    Without a pattern that is the first of these kinds that is there: tar, Parquet, Arrow. Raises ConfigError when
+    there are none.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise ConfigError(f"there is no file or folder {path}")
-    found = [file for file in path.rglob(pattern) if file.is_file()]
+    found = [file for file in path.rglob(pattern or "*") if file.is_file()]
     visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not pattern:
+        tables = [file for file in visible if is_table(file)]
+        kinds = (tars.is_tar, lambda file: file.suffix == ".parquet", arrow_files.is_arrow)
+        visible = next((some for kind in kinds if (some := [file for file in tables if kind(file)])), [])
     if not visible:
-        raise ConfigError(f"{path} holds no file {pattern}")
+        raise ConfigError(f"{path} holds no file {pattern or '*.parquet, *.arrow or *.tar'}")
     return sorted(visible)
 
 
 def column_names(file: Path) -> list[str]:
-    """Return the columns of a Parquet file; raises ConfigError when it cannot be read."""
+    """Return the columns of a file with rows; raises ConfigError when it cannot be read."""
+    if tars.is_tar(file):
+        return tars.column_names(file)
+    if arrow_files.is_arrow(file):
+        return arrow_files.column_names(file)
     with _open(file) as parquet:
         return list(parquet.schema_arrow.names)
 
 
-def num_rows(file: Path) -> int:
-    """Return the number of rows of a Parquet file; raises ConfigError when it cannot be read."""
+def num_rows(file: Path, lists: Sequence[str] = ()) -> int:
+    """Return the number of rows of a file, without reading images; raises ConfigError when it cannot be read.
+
+    Where one of the columns `lists` holds lists, it is the number of their items, an empty list counting as one.
+    """
+    if tars.is_tar(file):
+        return tars.num_rows(file)
+    if arrow_files.is_arrow(file):
+        return arrow_files.num_rows(file, lists)
     with _open(file) as parquet:
-        return int(parquet.metadata.num_rows)
+        facts = parquet.metadata
+        groups = [facts.row_group(i) for i in range(facts.num_row_groups)]
+        leaves = {facts.schema.column(i).path.split(".")[0]: i for i in range(facts.num_columns)}
+        wanted = [leaves[name] for name in lists if name in leaves]
+        counts = [sum(group.column(i).num_values for group in groups) for i in wanted]
+        return max([int(facts.num_rows), *counts])
 
 
 def encode_png(image: "Image.Image") -> bytes:
