@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.by_column import Columns, count_rows, read_labels_of, read_table
+from diffusion_dpo.data.by_column import SCORE, Columns, count_rows, read_labels_of, read_table
 from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.labels import Labels, Meaning, read_labels
 from diffusion_dpo.data.layout import find_settings
@@ -129,6 +129,10 @@ class HubData(PairSource):
             _say_smoothing(self.path)
         for file in self._files():
             yield from read_table(file, columns, labels, ties=self.ties, source=self.path)
+
+    def labelled_by(self) -> tuple[str, ...]:
+        """Return the name of the scores where they decide; () for labels and votes, which people may have given."""
+        return (SCORE,) if self._columns().decides == "scores" else ()
 
     def _columns(self) -> Columns:
         ways = {"label": self.label_column, "votes": self.votes_columns, "shares": self.share_columns}

@@ -103,7 +103,7 @@ def read_labels(column: str, rows: Iterable[tuple[Any, Sequence[Names]]], meanin
         for seen, count in kinds.items():
             found[0.5 if seen[0] == "tie" else coding.read(seen)] += count
         if found[None] <= _RARE * total:
-            return Labels(coding, meaning, _only(values), _summary(coding.words, found))
+            return Labels(coding, meaning, _only(values), _summary(coding.words, found) + _doubt(values, coding))
     if named[None] <= _RARE * total:
         return Labels(None, meaning, _only(values), _summary("the names of the two images", named))
     raise ConfigError(_refusal(column, values))
@@ -111,6 +111,12 @@ def read_labels(column: str, rows: Iterable[tuple[Any, Sequence[Names]]], meanin
 
 def _only(values: Counter[str]) -> str:
     return next(iter(values)) if len(values) == 1 and values.total() > 1 else ""
+
+
+def _doubt(values: Counter[str], coding: _Coding) -> str:
+    """Name the setting that turns labels around which may as well be the winner's index."""
+    either = coding is _CODINGS[0] and values.keys() <= {"0", "1"}
+    return "; where 0 stands for {0}, set data.label_meaning=winner_index" if either else ""
 
 
 def _summary(words: str, found: Counter[float | None]) -> str:
