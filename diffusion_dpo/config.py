@@ -27,7 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from diffusion_dpo import registry
+from diffusion_dpo import other_names, registry
 from diffusion_dpo.yaml_dialect import Dumper, Loader
 
 
@@ -116,6 +116,7 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
     """
     data = _name_types(cls, _read_yaml(Path(path))) if path is not None else {}
     parsed = [_split_override(text) for text in overrides]
+    _refuse_lost([keys for keys, _ in parsed])
     for keys, value in parsed:
         if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) not in (value, UNDECIDED):
             _set(data, keys[:-1], {"type": value})
@@ -192,6 +193,17 @@ def _split_override(text: str) -> tuple[list[str], Any]:
         raise ConfigError(
             f"the value of {key} is not valid YAML: {value!r} ({' '.join(str(error).split())})"
         ) from None
+
+
+def _refuse_lost(given: list[list[str]]) -> None:
+    """Raise ConfigError where an override would silently undo an earlier one."""
+    for number, keys in enumerate(given):
+        for before in given[:number]:
+            if before == keys:
+                raise ConfigError(f"{'.'.join(keys)} is set twice on the command line; give it once")
+            if before[: len(keys)] == keys:
+                block, inner = ".".join(keys), ".".join(before)
+                raise ConfigError(f"{block} is set after {inner}, which it would undo; give {block} first")
 
 
 def _get(data: dict[str, Any], keys: list[str]) -> Any:
@@ -280,7 +292,8 @@ def _explain(cls: type[Config], error: ValidationError) -> Iterator[_Problem]:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             shown = "" if isinstance(problem["input"], dict | Config) else f" (got {problem['input']!r})"
-            yield _Problem(key, message + shown)
+            here = other_names.VALUES.get((path[-1] if path else "", str(problem["input"]).lower()))
+            yield _Problem(key, message + shown + (f"; it is {here} here" if here else ""))
 
 
 def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
@@ -296,12 +309,16 @@ def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
         if field and is_named(field.annotation):
             next(parts, None)  # a name of the user's
     siblings = list(found.model_fields) if found else []
-    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
-    if near:
-        return _Problem(key, text, ".".join([*path[:-1], near[0]]))
     from diffusion_dpo.config_help import settings  # which is about what is here
 
     everywhere = [re.sub(r"\[\w+\]", "", setting.key) for setting in settings(cls)]
+    blocks = ("model", "data", "loss") if issubclass(cls, Plugin) else ()  # in which this one may stand
+    elsewhere = other_names.answer(path[-1], {*everywhere, *(f"{b}.{name}" for b in blocks for name in everywhere)})
+    if elsewhere is not None:
+        return _Problem(key, f"{text}: {elsewhere}")
+    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+    if near:
+        return _Problem(key, text, ".".join([*path[:-1], near[0]]))
     same = [other for other in everywhere if other.rpartition(".")[2] == path[-1] and other != key]
     return _Problem(key, text, same[0]) if same else _Problem(key, f"{text}; known here: {', '.join(siblings)}")
 

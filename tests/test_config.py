@@ -1,5 +1,6 @@
 """Settings: reading, overriding, refusing; and the help that is made of them."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import Field
 
+from diffusion_dpo import other_names
 from diffusion_dpo.cli_help import describe_settings
 from diffusion_dpo.config import Config, ConfigError, Plugin, command, dump, load, plugin
 from diffusion_dpo.config_help import settings
@@ -172,6 +174,15 @@ def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.Mo
     ("override", "says"),
     [
         ("sed=1", "sed: there is no such setting. Did you mean seed?"),
+        ("train_batch_size=2", "train_batch_size: there is no such setting: it is `per_device_batch_size`"),
+        ("snr_gamma=5", "it is `weighting.min_snr_gamma`, beside `weighting.timesteps`=min_snr"),
+        ("beta_dpo=5000", "it is `loss.beta`"),
+        ("lr_scheduler=cosine", "`warmup_steps` steps and is then constant; there is no other schedule"),
+        ("noise_offset=0.1", "noise_offset: there is no such setting: the noise is plain"),
+        ("gradient_accumulation_steps=4", "`global_batch_size` / (`per_device_batch_size` x processes)"),
+        ("model.rank=4", "model.rank: there is no such setting: it is `model.lora.rank`"),
+        ("model.lora.network_dim=4", "it is `model.lora.rank`"),
+        ("mixed_precision=no", "(got 'no'); it is fp32 here"),
         ("beta=1", "beta: there is no such setting. Did you mean loss.beta?"),
         ("loss.betta=1", "loss.betta: there is no such setting. Did you mean loss.beta?"),
         ("model.lora.rnk=4", "model.lora.rnk: there is no such setting. Did you mean model.lora.rank?"),
@@ -187,6 +198,26 @@ def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.Mo
 )
 def test_a_wrong_override_is_answered_in_one_sentence(override: str, says: str) -> None:
     assert says in problem(TrainConfig, override)
+
+
+@pytest.mark.parametrize("name", other_names.ANSWERS)
+def test_an_answer_to_another_trainers_setting_names_what_exists(name: str) -> None:
+    known = {re.sub(r"\[\w+\]", "", setting.key) for setting in settings(TrainConfig)}
+    assert name not in known
+    text = other_names.ANSWERS[name]
+    assert {*other_names.named_in(text)} <= {*known} and other_names.answer(name.upper(), known) == text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["seed=1", "max_steps=2", "seed=2"], "seed is set twice on the command line"),
+        (["loss.beta=1", "loss.beta=1"], "loss.beta is set twice"),
+        (["loss.beta=1", "loss=ipo"], "loss is set after loss.beta, which it would undo; give loss first"),
+    ],
+)
+def test_an_override_that_would_undo_an_earlier_one_is_refused(overrides: list[str], says: str) -> None:
+    assert says in problem(TrainConfig, *overrides)
 
 
 def test_every_problem_is_named_at_once() -> None:
