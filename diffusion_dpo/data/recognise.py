@@ -151,10 +151,10 @@ def _with_settings(found: Recognised, settings: dict[str, Any]) -> Recognised:
 
 
 def _candidates(holding: Holding) -> Recognised | None:
-    from diffusion_dpo.data.candidates import IMAGE_SUFFIXES
+    from diffusion_dpo.data.candidates import IMAGE_SUFFIXES, image_column
 
     tables = [table for table in holding.tables if not table.is_text]
-    if any("image" in table.columns for table in tables):
+    if any(image_column(table.columns) for table in tables) or holding.paths(*IMAGE_SUFFIXES):
         return Recognised(holding.path, CANDIDATES)
     if tables:
         raise ConfigError(
@@ -162,7 +162,7 @@ def _candidates(holding: Holding) -> Recognised | None:
             f"on them with data.type=hub data.path={holding.path} data.prompt_column=... (see `diffusion-dpo train "
             f"--help`).\n{_EXPECTED}"
         )
-    return Recognised(holding.path, CANDIDATES) if holding.paths(*IMAGE_SUFFIXES) else None
+    return None
 
 
 _OWN: dict[str, tuple[str, Callable[[Path], str]]] = {

@@ -177,7 +177,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     }
     out = capsys.readouterr().out
     assert f"left out of {tmp_path}: 5 x .heic, which is not decoded here" in out
-    assert "(0.HEIC, 1.HEIC, 2.HEIC, ...); 1 x .mp4 (clip.mp4)" in out
+    assert "(0.HEIC, 1.HEIC, 2.HEIC, ...); 1 x .parquet without images (00000.parquet); 1 x .mp4" in out
 
 
 def test_image_files_beside_parquet_with_images_are_named(tmp_path: Path) -> None:
