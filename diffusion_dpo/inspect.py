@@ -29,7 +29,7 @@ def run(config: InspectConfig) -> Path:
     if folder.resolve().is_relative_to(path.resolve()):
         raise ConfigError(f"output_dir {folder} lies inside {path}, where inspect writes nothing; choose another one")
     if source is None:
-        found = look_at_candidates(path, config.num_images)
+        found = look_at_candidates(path, config.num_images, config.prompt_column)
     else:
         found = look_at_pairs(path, source, config.num_images)
     _print(str(path), found)

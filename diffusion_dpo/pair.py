@@ -40,7 +40,7 @@ def run(config: PairConfig) -> Path:
     beside = config.path if config.path.is_dir() else config.path.parent
     if config.path.is_dir() and config.output_dir.resolve().is_relative_to(config.path.resolve()):
         raise ConfigError(f"output_dir {config.output_dir} lies inside {config.path}; choose another one")
-    units = find_units(config.path)
+    units = find_units(config.path, config.prompt_column)
     facts = read_facts(config.scores_dir or beside)
     strategy: Strategy = config.strategy
     main = _choose_metric(config, facts)
@@ -140,7 +140,7 @@ def _identity(
     config: PairConfig, images: Images, facts: Mapping[str, MetricFacts], main: str, directions: Mapping[str, bool]
 ) -> dict[str, Any]:
     """Everything that decides the pairs."""
-    places = {"path", "scores_dir", "output_dir", "metric", "higher_is_better", "audit"}
+    places = {"path", "prompt_column", "scores_dir", "output_dir", "metric", "higher_is_better", "audit"}
     digest = hashlib.sha256()
     for group, members in images.groups.items():
         digest.update(json.dumps([group, [images.uids[i] for i in members]]).encode())

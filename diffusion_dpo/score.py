@@ -22,7 +22,7 @@ from diffusion_dpo.settings import ScoreConfig
 def run(config: ScoreConfig) -> Path:
     """Judge the images that were not judged yet; return the folder of the scores."""
     check_metrics(config.scorers)
-    units = find_units(config.path)
+    units = find_units(config.path, config.prompt_column)
     beside = config.path if config.path.is_dir() else config.path.parent
     folder = config.output_dir or beside
     elsewhere = folder.resolve() != beside.resolve()
@@ -49,6 +49,8 @@ def run(config: ScoreConfig) -> Path:
     following: dict[str, object] = {"path": config.path}
     if elsewhere:
         following["scores_dir"] = folder
+    if config.prompt_column is not None:
+        following["prompt_column"] = config.prompt_column
     if len(mains) > 1:
         following["metric"] = mains[0]
     say("\n".join([*lines, f"scores: {folder}", f"next: {command('pair', following)}"]))

@@ -17,6 +17,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data.candidates import Candidate, Unit
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
+from diffusion_dpo.data.left_out import some
 from diffusion_dpo.data.scores import Verdict, facts_path, read_verdicts, shard_path, shards_of
 from diffusion_dpo.data.shards import SCORES, write_shard
 from diffusion_dpo.device import pick_device
@@ -32,7 +33,6 @@ Verdicts = dict[str, Verdict]
 _BROKEN = "broken image: "
 _BLACK = "black all over, as what a safety filter leaves"
 IMAGES_PER_SHARD = 1024
-_NAMES_SHOWN = 3
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Scoring:
             names = lacking[need]
             if len(names) == total:
                 refuse_lacking(self.scorer, {need: total}, total, first=names[0] if names else "")
-            named = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+            named = some(names)
             if len(names) > max(self.max_broken_share * total, self.max_broken_share > 0):
                 raise ConfigError(
                     f"the scorer {self.scorer.type} needs a {need}, and {len(names)} of {total} images have none, "

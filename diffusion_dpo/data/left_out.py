@@ -39,11 +39,12 @@ def sort_out(listing: Listing, used: Collection[str], captions: Captions) -> dic
 
 def describe(left_out: Mapping[str, Sequence[str]]) -> str:
     """Return `3 x .heic, which ... (a.heic, b.heic, ...); 1 x .mp4 (c.mp4)`."""
-    parts = []
-    for kind, names in left_out.items():
-        more = ", ..." if len(names) > _NAMES_SHOWN else ""
-        parts.append(f"{len(names)} x {kind} ({', '.join(names[:_NAMES_SHOWN])}{more})")
-    return "; ".join(parts)
+    return "; ".join(f"{len(names)} x {kind} ({some(names)})" for kind, names in left_out.items())
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list: `a, b, c, ...`."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _kind(name: str) -> str:

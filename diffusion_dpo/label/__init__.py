@@ -59,7 +59,8 @@ def _opened(config: LabelConfig) -> Iterator[Study]:
         raise ConfigError(f"there is no file or folder {source} to label")
     if source is not None and Path(source).exists() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(f"output_dir {folder} lies inside {source}; choose another one")
-    identity = config.model_dump(mode="json", include=_DECIDES)
+    asked = {"prompt_column"} if config.prompt_column is not None else set()
+    identity = config.model_dump(mode="json", include=_DECIDES | asked)
     with claim(folder, "label", identity):
         with atomic_path(folder / "config.yaml") as partial:  # without what lets others vote, who may read it
             partial.write_text(dump(config.model_copy(update={"token": None})), encoding="utf-8")

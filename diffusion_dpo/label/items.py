@@ -19,9 +19,10 @@ from PIL import Image, ImageFilter
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.candidates import find_units
+from diffusion_dpo.data.candidates import find_candidates, find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
+from diffusion_dpo.data.left_out import some
 from diffusion_dpo.data.recognise import recognise_either, refusal
 from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.data.votes import ITEMS, read_lines
@@ -111,12 +112,17 @@ def _find(config: LabelConfig) -> Iterator[_Pair]:
 def _of_candidates(config: LabelConfig) -> Iterator[_Pair]:
     """Yield pairs of the images of a prompt: neighbours on a ring in random order, then those two apart, and so on."""
     groups: dict[str, tuple[str, set[str]]] = {}
-    for unit in find_units(config.path):
+    without: list[str] = []
+    for unit in find_units(config.path, config.prompt_column):
         for candidate in unit.read(images=False):
             if candidate.broken:
                 warn(f"left out {candidate.where}: {candidate.broken}")
             elif candidate.group:
                 groups.setdefault(candidate.group, (candidate.prompt, set()))[1].add(candidate.uid)
+            else:
+                without.append(f"{candidate.where} ({candidate.no_prompt})")
+    if without:
+        warn(f"{len(without)} images have no prompt and are not asked about: {some(without)}")
     for prompt, uids in groups.values():
         ring = sorted(uids, key=lambda uid: _hash(config.seed, "ring", uid))
         steps = range(1, len(ring) // 2 + 1)
@@ -187,7 +193,7 @@ def _read_images(config: LabelConfig) -> Iterator[tuple[str, bytes]]:
         return
     source = _source(config)
     if source is None:
-        for unit in find_units(config.path):
+        for unit in find_candidates(config.path, config.prompt_column).units:
             yield from ((it.uid, it.data) for it in unit.read())
         return
     for row in source.read():

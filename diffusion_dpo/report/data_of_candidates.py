@@ -1,7 +1,6 @@
 """What a folder of candidates holds: counts, scores, whether the judges agree, repeats, and how they were made."""
 
 import math
-import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from diffusion_dpo.config import command
 from diffusion_dpo.console import progress
 from diffusion_dpo.data import Dropped
-from diffusion_dpo.data.candidates import Candidate, Unit, find_units
+from diffusion_dpo.data.candidates import Candidate, Unit, find_candidates
 from diffusion_dpo.data.collect import in_order
 from diffusion_dpo.data.contact_sheet import Block, Tile
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
+from diffusion_dpo.data.left_out import describe, some
 from diffusion_dpo.data.scores import MetricFacts, Verdict, read_all_verdicts, read_facts
 from diffusion_dpo.report.agreement import Tau, agreement
 from diffusion_dpo.report.appearance import Appearance, look_at, near_duplicates
@@ -43,6 +44,7 @@ class _Seen:
     number: int
     where: str
     prompt: str
+    no_prompt: str
     group: str
     key: str
     uid: str
@@ -50,9 +52,10 @@ class _Seen:
     looks: Appearance
 
 
-def look_at_candidates(path: Path, num_images: int) -> Findings:
+def look_at_candidates(path: Path, num_images: int, prompt_column: str | None = None) -> Findings:
     """Look at every image once, and at those that are shown a second time."""
-    units = find_units(path)
+    there = find_candidates(path, prompt_column)
+    units = there.units
     facts = read_facts(path) if path.is_dir() else {}
     verdicts = read_all_verdicts(path, facts) if facts else {}
     seen: list[_Seen] = []
@@ -72,6 +75,7 @@ def look_at_candidates(path: Path, num_images: int) -> Findings:
     prompts = [group for group in groups if group]
     held = f"{count(len(seen), 'images')} under {count(len(prompts), 'prompts')}" if prompts else f"{len(seen)} images"
     shown = {key: {name: it.value for name, it in row.items() if facts[name].main} for key, row in verdicts.items()}
+    column = {} if prompt_column is None else {"prompt_column": prompt_column}
     blocks = _blocks(units, list(groups.values()), shown, num_images)
     return Findings(
         headline=f"{held}.",
@@ -85,15 +89,17 @@ def look_at_candidates(path: Path, num_images: int) -> Findings:
             ("kind", "candidates" if prompts else "images without prompts"),
             ("images", f"{len(seen)} of {len(seen) + len(dropped)} can be used"),
             ("prompts", f"{len(prompts)} different; images each: {spread(map(len, groups.values()))}"),
+            ("without a prompt", _without(seen)),
             ("image sizes", sizes(it.looks.size_px for it in seen)),
             *_repeats(seen, groups),
             *((name, _score_line(it)) for name, it in values.items()),
             *((f"tau of {tau.first}, {tau.second}", describe_tau(tau)) for tau in taus if tau.num_prompts),
             *drop_rows(dropped),
+            ("left out", describe(there.left_out)),
         ),
         warnings=tuple(_mixed_settings(seen)),
         dropped=tuple(dropped),
-        next_command=f"diffusion-dpo {'pair' if facts else 'score'} {shlex.quote(f'path={path}')}",
+        next_command=command("pair" if facts else "score", {"path": str(path)} | column),
         sheets=(Sheet("Examples", blocks),) if blocks else (),
         sides=("images", ""),
         scores=tuple(Scores(name, np.array(it, dtype=float), np.empty(0)) for name, it in values.items()),
@@ -115,7 +121,18 @@ def _look(numbered: tuple[int, Candidate]) -> _Seen | Dropped:
     except BrokenImage as error:
         return Dropped(it.where, str(error))
     looks = look_at(image, it.data)
-    return _Seen(number, it.where, it.prompt, it.group, it.key, pixel_hash(image), it.settings_hash, looks)
+    return _Seen(
+        number, it.where, it.prompt, it.no_prompt, it.group, it.key, pixel_hash(image), it.settings_hash, looks
+    )
+
+
+def _without(seen: Sequence[_Seen]) -> str:
+    """Say how many images have no prompt, and why, by the reason; "" when all have one."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for it in seen:
+        if not it.group:
+            names[it.no_prompt or "no prompt"].append(it.where)
+    return "; ".join(f"{len(where)} x {reason} ({some(where)})" for reason, where in names.items())
 
 
 def _taus(

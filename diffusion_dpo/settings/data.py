@@ -62,7 +62,10 @@ class ScoreConfig(Config):
     """Candidates -> scores, beside the candidates."""
 
     path: Path = Path("runs/candidates")
-    """A candidates folder, any Parquet file with an `image` column, or a folder of image files."""
+    """A candidates folder, any Parquet file with an `image` column, or a folder of image files: with captions beside
+    them, with a metadata.jsonl or .csv, or as A1111, Forge, ComfyUI and others saved them, prompts inside."""
+    prompt_column: str | None = None
+    """Column of Parquet, or key of a folder's metadata, that holds the prompts; null takes prompt, text or caption."""
     scorers: list[plugin("scorers")] = ["clip"]  # type: ignore[valid-type]
     """The judges."""
     batch_size: int = Field(64, ge=1)
@@ -72,7 +75,8 @@ class ScoreConfig(Config):
     batch_timeout_seconds: float | None = Field(1800.0, gt=0)
     """Give up when a judge says nothing about a batch for so long; null waits for ever."""
     max_broken_share: float = Field(0.05, ge=0, le=1)
-    """Stop when more than this share of the images cannot be read, or makes a judge fail."""
+    """Stop when more than this share of the images cannot be read, lacks the prompt that a judge needs, or makes it
+    fail. One image without a prompt never stops it, unless this is 0."""
     output_dir: Path | None = None
     """Folder for the scores; null puts them beside the candidates."""
 
@@ -82,6 +86,8 @@ class PairConfig(Config):
 
     path: Path = Path("runs/candidates")
     """Scored candidates: what was given to `score`."""
+    prompt_column: str | None = None
+    """Column of Parquet, or key of a folder's metadata, that holds the prompts; null takes prompt, text or caption."""
     scores_dir: Path | None = None
     """Folder with the scores; null looks beside the candidates."""
     metric: str | None = None
@@ -125,6 +131,8 @@ class InspectConfig(Config):
     """A folder of pairs or candidates, a Parquet file, a folder with metadata.jsonl, or a folder of images."""
     data: plugin("data", otherwise="auto") | None = None  # type: ignore[valid-type]
     """Pairs as `train` takes them, instead of `path`; settings of `data` without a path or type go with `path`."""
+    prompt_column: str | None = None
+    """Column of Parquet, or key of a folder's metadata, that holds the prompts; null takes prompt, text or caption."""
     num_images: int = Field(24, ge=0)
     """Images on the page and on the contact sheet; of pairs, those with the widest and the narrowest margins."""
     output_dir: Path | None = None

@@ -17,6 +17,9 @@ class LabelConfig(Config):
     """Candidates, pairs, or the folder of a comparison: what `inspect` and `compare` know."""
     data: plugin("data", otherwise="auto") | None = None  # type: ignore[valid-type]
     """Pairs as `train` takes them, instead of `path`; settings of `data` without a path or type go with `path`."""
+    prompt_column: str | None = None
+    """Of candidates: column of Parquet, or key of a folder's metadata, that holds the prompts; null takes
+    prompt, text or caption."""
     pairs_per_prompt: int = Field(2, ge=1)
     """Of candidates: pairs that are made of a prompt's images; every image is used about equally often."""
     max_pairs: int | None = Field(None, ge=1)
