@@ -1,17 +1,23 @@
-"""Who is asked what, and on which side: a function of items, raters and the log, so that a restart changes nothing."""
+"""Who is asked what, and on which side: a function of items, raters and the log, so that a restart changes nothing.
 
-import functools
+A question costs the same whatever the number of pairs, votes and raters: see `turns`.
+"""
+
 import hashlib
+import heapq
 import json
+import random
 import time
-from collections import Counter, defaultdict
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from diffusion_dpo.data.votes import CHOICES, standing
 from diffusion_dpo.label.items import Item
 from diffusion_dpo.label.log import Log
+from diffusion_dpo.label.turns import Turns
 from diffusion_dpo.settings import LabelConfig
 
 Kind = Literal["pair", "repeat", "check"]
@@ -46,8 +52,24 @@ class Task:
         return both if self.left == "first" else both[::-1]
 
 
+@dataclass(slots=True)
+class _Rater:
+    """What one rater has answered, and what follows from it."""
+
+    repeated: list[int]
+    """In order: the n-th pairs that they vote on, counted from 0, which they see again."""
+    votes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By task id: the vote that stands, in order of time."""
+    pairs: dict[str, int] = field(default_factory=dict)
+    """By item: its number among the pairs that they have voted on, from 0."""
+    checks: list[tuple[int, Item]] = field(default_factory=list)
+    """Checks of pairs that they have voted on which are not answered yet, with the number of the pair; sorted."""
+    repeats: list[tuple[int, Item]] = field(default_factory=list)
+    """Repeats of such pairs, likewise."""
+
+
 class Study:
-    """The state of a labelling: the log, replayed, and who has what before them. Used from one thread."""
+    """The state of a labelling: the log, replayed, and who has what before them. Used by one thread at a time."""
 
     def __init__(
         self, config: LabelConfig, items: Sequence[Item], log: Log, clock: Callable[[], float] = time.monotonic
@@ -55,7 +77,7 @@ class Study:
         """Replay the log; `clock` gives seconds."""
         self.config = config
         self.items = {item.id: item for item in items}
-        self._known = {
+        self._known: dict[str, tuple[Item, Kind]] = {
             _task_id(item.id, kind): (item, kind)
             for item in items
             for kind in get_args(Kind)
@@ -64,32 +86,31 @@ class Study:
         self.name = hashlib.sha256(" ".join(sorted(self.items)).encode()).hexdigest()[:16]
         """What a page that keeps votes for later knows this study by; it says nothing of what is in it."""
         self._order = sorted(items, key=lambda item: self._chance("order", item.id, "everyone"))
-        self._repeats: dict[str, frozenset[str]] = {}
-        """By rater: the items that they see twice."""
+        self._place = {item.id: place for place, item in enumerate(self._order)}
+        self._turns = Turns([bool(item.ruined_image) for item in self._order], config.votes_per_pair)
         self._log = log
         self._clock = clock
-        self._leases: dict[str, dict[str, float]] = {}
-        """By item and rater: until when it is kept for them."""
-        self._votes: dict[str, dict[str, dict[str, Any]]] = {}
-        """By rater and task id: the vote that stands, in order of time."""
-        self._raters: dict[str, set[str]] = {}
-        """By item: who has voted on it."""
+        self._raters: dict[str, _Rater] = {}
+        self._standing: dict[tuple[str, str], dict[str, Any]] = {}
+        """By rater and key: the votes that stand, in order of time."""
+        self._counts: Counter[str] = Counter()
         self._heard: dict[tuple[str, str], str] = {}
         """By rater and key: the task of every vote and every undo there was, for whoever sends one again."""
         self._replay()
 
     def tasks(self, rater: str, amount: int) -> list[Task]:
         """Return what a rater is to be asked next, and keep the pairs among it from others for a while."""
-        done = self._votes.get(rater, {})
-        upcoming: list[Task] = []
         now = self._clock()
-        for item, kind in self._schedule(rater):
+        self._turns.expire(now)
+        done = self._rater(rater).votes
+        upcoming: list[Task] = []
+        for item, kind in self._schedule(rater, amount):
             if len(upcoming) == amount:
                 break
             if _task_id(item.id, kind) in done:
                 continue
             if kind == "pair":
-                self._leases.setdefault(item.id, {})[rater] = now + self.config.lease_seconds
+                self._turns.lease(self._place[item.id], rater, now + self.config.lease_seconds)
             upcoming.append(self._make(item, kind, rater))
         return upcoming
 
@@ -101,7 +122,7 @@ class Study:
         if (rater, key) in self._heard:
             return
         task = self._task(rater, task_id)
-        if task_id in self._votes.get(rater, {}):
+        if task_id in self._rater(rater).votes:
             raise UnknownTask("this pair has your vote already; press u to take it back first")
         choice = answer
         if answer in SIDES:
@@ -132,7 +153,7 @@ class Study:
         """
         if (rater, key) in self._heard:
             return self._task(rater, self._heard[rater, key])
-        votes = self._votes.get(rater)
+        votes = self._rater(rater).votes
         if not votes:
             raise UnknownTask("there is no vote of yours to take back")
         task_id, last = next(reversed(votes.items()))
@@ -140,42 +161,58 @@ class Study:
         event = {"event": "undo", "key": key, "vote": last["key"], "rater": rater, "time": round(time.time(), 3)}
         self._log.append(event)
         self._hear(event)
-        del votes[task_id]
-        if last["kind"] == "pair":
-            self._raters[last["item"]].discard(rater)
-            self._leases.setdefault(last["item"], {})[rater] = self._clock() + self.config.lease_seconds
+        self._remove(last, task)
         return task
 
     def progress(self, rater: str) -> tuple[int, int]:
         """Return how many questions a rater has answered, and how many there are for them, answered ones included."""
-        done = self._votes.get(rater, {})
-        left = sum(_task_id(item.id, kind) not in done for item, kind in self._schedule(rater))
-        return len(done), len(done) + left
+        self._turns.expire(self._clock())
+        mine = self._rater(rater)
+        pairs, checks = self._turns.num_free(rater)
+        voted = len(mine.pairs)
+        repeats = bisect_left(mine.repeated, voted + pairs) - bisect_left(mine.repeated, voted)
+        left = pairs + checks + repeats + len(mine.checks) + len(mine.repeats)
+        return len(mine.votes), len(mine.votes) + left
 
-    def _schedule(self, rater: str) -> Iterator[tuple[Item, Kind]]:
-        """Yield all that a rater is asked, in order: pairs, each repeat a while after its pair, and checks among them.
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the votes that stand, in order of time."""
+        return list(self._standing.values())
 
-        The pairs are those that they have answered or may still be given: what is others' is not repeated, either.
+    def counts(self) -> Counter[str]:
+        """Return how many votes stand, by kind."""
+        return +self._counts
+
+    def _schedule(self, rater: str, amount: int) -> Iterator[tuple[Item, Kind]]:
+        """Yield what a rater is asked next, in order: pairs, each repeat a while after its pair, and checks among them.
+
+        The pairs are those that they may still be given, at most `amount`; a check or repeat in it may be answered.
         """
-        now = self._clock()
-        seen = [self.items[vote["item"]] for vote in self._votes.get(rater, {}).values() if vote["kind"] == "pair"]
-        seen += [item for item in self._order if self._is_free(item.id, rater, now)]
-        repeats = self._repeated(rater)
-        due: dict[int, list[Item]] = defaultdict(list)
-        for place, item in enumerate(seen):
+        mine = self._rater(rater)
+        voted = len(mine.pairs)
+        last = voted + self._turns.num_free(rater)[0] - 1
+        checks = ((number, 0, item) for number, item in mine.checks)
+        repeats = ((min(number + _APART, last), 1, item) for number, item in mine.repeats)
+        for due, is_repeat, item in heapq.merge(checks, repeats):
+            if due >= voted:
+                break
+            yield item, "repeat" if is_repeat else "check"
+        soon = deque(mine.repeats[bisect_left(mine.repeats, voted - _APART, key=_number) :])
+        for number, place in enumerate(self._turns.free(rater, amount), start=voted):
+            item = self._order[place]
             yield item, "pair"
-            if item.id in repeats:
-                due[min(place + _APART, len(seen) - 1)].append(item)
+            if _has(mine.repeated, number):
+                soon.append((number, item))
             if item.ruined_image:
                 yield item, "check"
-            for again in due.pop(place, ()):
-                yield again, "repeat"
+            while soon and min(soon[0][0] + _APART, last) <= number:
+                yield soon.popleft()[1], "repeat"
 
-    def _repeated(self, rater: str) -> frozenset[str]:
-        if rater not in self._repeats:
-            chances = ((item.id, self._chance("repeat", item.id, rater)) for item in self._order)
-            self._repeats[rater] = frozenset(name for name, it in chances if it < self.config.repeat_share)
-        return self._repeats[rater]
+    def _rater(self, name: str) -> _Rater:
+        if name not in self._raters:
+            chance = random.Random(json.dumps([self.config.seed, "repeat", name]))
+            numbers = [n for n in range(len(self._order)) if chance.random() < self.config.repeat_share]
+            self._raters[name] = _Rater(numbers)
+        return self._raters[name]
 
     def _make(self, item: Item, kind: Kind, rater: str) -> Task:
         left_is_first = self._chance("side", item.id, rater) < 0.5
@@ -188,16 +225,10 @@ class Study:
             raise UnknownTask("there is no such pair here; reload the page")
         return self._make(*self._known[task_id], rater)
 
-    def _is_free(self, item: str, rater: str, now: float) -> bool:
-        """Whether an item still lacks votes, counting those that others are about to give."""
-        voters = self._raters.get(item, set())
-        if rater in voters:
-            return False
-        pending = sum(until > now for holder, until in self._leases.get(item, {}).items() if holder != rater)
-        return len(voters) + pending < self.config.votes_per_pair
-
     def _chance(self, use: str, item: str, rater: str) -> float:
-        return _chance(self.config.seed, use, item, rater)
+        """Return a number in [0, 1) that only what it is for decides."""
+        digest = hashlib.sha256(json.dumps([self.config.seed, use, item, rater]).encode()).digest()
+        return int.from_bytes(digest[:8], "big") / 2**64
 
     def _replay(self) -> None:
         for event in self._log.events:
@@ -216,29 +247,57 @@ class Study:
         self._heard[rater, event["key"]] = about
 
     def _add(self, event: dict[str, Any]) -> None:
-        rater, item = event["rater"], self.items[event["item"]]
-        task = self._make(item, event["kind"], rater)
-        self._votes.setdefault(rater, {})[task.id] = event
-        if event["kind"] == "pair":
-            self._raters.setdefault(item.id, set()).add(rater)
-            self._leases.get(item.id, {}).pop(rater, None)
+        """Count a vote, and put down what it brings on: a pair its check and its repeat."""
+        item, kind, rater = self.items[event["item"]], event["kind"], event["rater"]
+        mine = self._rater(rater)
+        mine.votes[_task_id(item.id, kind)] = event
+        self._standing[rater, event["key"]] = event
+        self._counts[kind] += 1
+        if kind != "pair":
+            _discard(mine.checks if kind == "check" else mine.repeats, mine.pairs.get(item.id))
+            return
+        number = mine.pairs[item.id] = len(mine.pairs)
+        self._turns.vote(self._place[item.id], rater)
+        if item.ruined_image and _task_id(item.id, "check") not in mine.votes:
+            mine.checks.append((number, item))
+        if _has(mine.repeated, number) and _task_id(item.id, "repeat") not in mine.votes:
+            mine.repeats.append((number, item))
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Return the votes that stand, in order of time."""
-        return [vote for vote in standing(self._log.events) if vote["item"] in self.items]
+    def _remove(self, vote: dict[str, Any], task: Task) -> None:
+        """Undo what `_add` did with a rater's last vote."""
+        item, rater = task.item, vote["rater"]
+        mine = self._rater(rater)
+        del mine.votes[task.id], self._standing[rater, vote["key"]]
+        self._counts[task.kind] -= 1
+        number = mine.pairs.get(item.id)
+        if task.kind == "pair":
+            del mine.pairs[item.id]
+            self._turns.unvote(self._place[item.id], rater, self._clock() + self.config.lease_seconds)
+            _discard(mine.checks, number)
+            _discard(mine.repeats, number)
+        elif number is not None and (task.kind == "check" or _has(mine.repeated, number)):
+            pending = mine.checks if task.kind == "check" else mine.repeats
+            pending.insert(bisect_left(pending, number, key=_number), (number, item))
 
-    def counts(self) -> Counter[str]:
-        """Return how many votes stand, by kind."""
-        return Counter(vote["kind"] for votes in self._votes.values() for vote in votes.values())
+
+def _number(entry: tuple[int, Item]) -> int:
+    return entry[0]
 
 
-@functools.lru_cache(maxsize=1_000_000)
+def _has(numbers: Sequence[int], number: int) -> bool:
+    """Whether a number is among sorted ones."""
+    index = bisect_left(numbers, number)
+    return index < len(numbers) and numbers[index] == number
+
+
+def _discard(pending: list[tuple[int, Item]], number: int | None) -> None:
+    """Take the entry with a number out of a sorted list, if it is there."""
+    if number is None:
+        return
+    index = bisect_left(pending, number, key=_number)
+    if index < len(pending) and pending[index][0] == number:
+        del pending[index]
+
+
 def _task_id(item: str, kind: Kind) -> str:
     return hashlib.sha256(f"{item} {kind}".encode()).hexdigest()[:16]
-
-
-@functools.lru_cache(maxsize=1_000_000)
-def _chance(seed: int, use: str, item: str, rater: str) -> float:
-    """Return a number in [0, 1) that only what it is for decides."""
-    digest = hashlib.sha256(json.dumps([seed, use, item, rater]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
