@@ -1,12 +1,12 @@
 """What a labelling has come to: who voted, whether they agree, and whether somebody only presses keys."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from diffusion_dpo.label.study import Study
+from diffusion_dpo.label.items import Item
 from diffusion_dpo.report import Interval
 from diffusion_dpo.report.raters import (
     cohen_kappa,
@@ -57,29 +57,31 @@ class Results:
     """Of a comparison, by model: won, tied, lost, win rate with its interval."""
 
 
-def results_of(study: Study) -> Results:
-    """Return the results of the votes that stand."""
-    votes = study.standing()
+def results_of(votes: Sequence[dict[str, Any]], items: Mapping[str, Item]) -> Results:
+    """Return the results of the votes that stand, on items by id; one pass over them, whoever voted."""
     pairs = [vote for vote in votes if vote["kind"] == "pair"]
     by_item: dict[str, dict[str, str]] = defaultdict(dict)
     for vote in pairs:
         if vote["choice"] != "skip":
             by_item[vote["item"]][vote["rater"]] = vote["choice"]
-    names = list(dict.fromkeys(vote["rater"] for vote in votes))
+    by_rater: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for vote in votes:
+        by_rater[vote["rater"]].append(vote)
+    names = list(by_rater)
     units = list(by_item.values())
     kappa = None
     if len(names) == 2:
         both = [unit for unit in units if len(unit) == 2]
         kappa = cohen_kappa([unit[names[0]] for unit in both], [unit[names[1]] for unit in both])
     return Results(
-        num_items=len(study.items),
+        num_items=len(items),
         num_votes=len(pairs),
         answers=dict(Counter(vote["choice"] for vote in pairs)),
-        raters=tuple(_rater(name, [vote for vote in votes if vote["rater"] == name]) for name in names),
+        raters=tuple(_rater(name, its) for name, its in by_rater.items()),
         agreement=percent_agreement(units),
         kappa=kappa,
         alpha=krippendorff_alpha(units),
-        models=_models(study, pairs),
+        models=_models(items, pairs),
     )
 
 
@@ -111,14 +113,16 @@ def _rater(name: str, votes: Sequence[dict[str, Any]]) -> RaterResult:
     )
 
 
-def _models(study: Study, pairs: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int, int, float, Interval]]:
+def _models(
+    items: Mapping[str, Item], pairs: Sequence[dict[str, Any]]
+) -> dict[str, tuple[int, int, int, float, Interval]]:
     """Return how often each model of a comparison was chosen over the baseline; prompts are what was sampled."""
     import numpy as np
 
     outcome = {"first": -1.0, "tie": 0.0, "both_bad": 0.0, "second": 1.0}
     by_model: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for vote in pairs:
-        item = study.items[vote["item"]]
+        item = items[vote["item"]]
         if item.model and vote["choice"] in outcome:
             by_model[item.model][item.prompt].append(outcome[vote["choice"]])
     found = {}

@@ -10,28 +10,30 @@ import errno
 import json
 import re
 import secrets
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diffusion_dpo.data.votes import CHOICES
 from diffusion_dpo.label.items import IMAGES
-from diffusion_dpo.label.results import results_of
+from diffusion_dpo.label.log import SharedLog
+from diffusion_dpo.label.results import Results, results_of
 from diffusion_dpo.label.study import REASONS, SIDES, Study, Task, UnknownTask
 from diffusion_dpo.report import words
 
 _AHEAD = 4
 """Questions that the page is given before they are due, so that the next pair is there when a key is pressed."""
 _MOST_BYTES = 4096
+_BODY_SECONDS = 10.0
 _NAME = re.compile(r"[\w .@-]{1,40}")
 _KEY = re.compile(r"[\w-]{8,64}")
 """What the page calls a vote or an undo, so that it can send it again."""
@@ -50,19 +52,10 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
-Handler = Callable[[Request], Awaitable[Response]]
 
-
-def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -> Starlette:
+def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -> ASGIApp:
     """Return the application; `hosts` are the values of the Host header that are ours."""
     site = _Site(study, folder, token)
-
-    async def guard(request: Request, proceed: Handler) -> Response:
-        response = _refusal(request, token, hosts) or await proceed(request)
-        for name, value in _HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
-
     routes = [
         Route("/", site.home),
         Route("/name", site.who, methods=["GET"]),
@@ -78,12 +71,24 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
         UnknownTask: lambda request, error: _problem(404, str(error)),
         _BadRequest: lambda request, error: _problem(error.status, str(error)),
         OSError: _disk_problem,
+        ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody is there to read it
         404: lambda request, error: _problem(404, "there is no such page here"),
         405: lambda request, error: _problem(405, "this page takes other requests"),
     }
-    return Starlette(
-        routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)], exception_handlers=handlers
-    )
+    inner = Starlette(routes=routes, exception_handlers=handlers)
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = _refusal(Request(scope), token, hosts) if scope["type"] == "http" else None
+        await (refusal or inner)(scope, receive, send_guarded)
+
+    return guard
 
 
 class _Site:
@@ -93,8 +98,13 @@ class _Site:
         self.study = study
         self.folder = folder
         self.token = token
-        self.busy = asyncio.Lock()
-        """Held by whoever looks at the study or changes it."""
+        self.log = SharedLog(study.log, study.take)
+        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By rater: held from the making of an event until it is taken."""
+        self.counting = asyncio.Lock()
+        """Held by whoever works out the results, which takes longer."""
+        self.counted: tuple[int, Results | None] = (-1, None)
+        """The results, and after how many events."""
         self.pages = Environment(
             loader=PackageLoader("diffusion_dpo.label", "."),
             autoescape=True,
@@ -135,8 +145,7 @@ class _Site:
 
     async def upcoming(self, request: Request) -> Response:
         rater = _known_rater(request)
-        async with self.busy:
-            return JSONResponse(self.state(rater))
+        return JSONResponse(self.state(rater))
 
     async def vote(self, request: Request) -> Response:
         rater, body = _known_rater(request), await _body(request)
@@ -148,17 +157,21 @@ class _Site:
             return _problem(400, f"an answer is one of left, right, tie, both_bad, or skip with {', '.join(REASONS)}")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < 1e6:
             return _problem(400, "`seconds` must be a number from 0 on")
-        async with self.busy:
-            self.study.vote(rater, task, answer, key=key, reason=reason, seconds=float(seconds))
-            return JSONResponse(self.state(rater))
+        async with self.turns[rater]:
+            event = self.study.vote_event(rater, task, answer, key=key, reason=reason, seconds=float(seconds))
+            if event is not None:
+                await self.log.append(event)
+        return JSONResponse(self.state(rater))
 
     async def undo(self, request: Request) -> Response:
         rater, key = _known_rater(request), (await _body(request)).get("key")
         if not isinstance(key, str) or not _KEY.fullmatch(key):
             return _problem(400, "an undo needs the text `key`")
-        async with self.busy:
-            task = self.study.undo(rater, key=key)
-            return JSONResponse({"undone": _shown(task)} | self.state(rater))
+        async with self.turns[rater]:
+            event = self.study.undo_event(rater, key=key)
+            if event is not None:
+                await self.log.append(event)
+        return JSONResponse({"undone": _shown(self.study.undone(rater, key))} | self.state(rater))
 
     async def image(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -180,8 +193,11 @@ class _Site:
         return FileResponse(home / name, media_type=_ASSETS[name])
 
     async def results(self, request: Request) -> Response:
-        async with self.busy:
-            return self.page("results.html.j2", rater=_rater(request), results=results_of(self.study))
+        async with self.counting:  # votes go on meanwhile
+            if self.study.num_events != self.counted[0]:
+                number, votes = self.study.num_events, self.study.standing()
+                self.counted = number, await asyncio.to_thread(results_of, votes, self.study.items)
+        return self.page("results.html.j2", rater=_rater(request), results=self.counted[1])
 
 
 class _BadRequest(ValueError):  # noqa: N818 - it names the request
@@ -227,12 +243,16 @@ def _known_rater(request: Request) -> str:
 
 
 async def _body(request: Request) -> dict[str, Any]:
-    """Return the JSON object that a request brings; raises _BadRequest for anything else, and for much of it."""
+    """Return the JSON object that a request brings; raises _BadRequest for anything else, much of it or a slow one."""
     data = b""
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > _MOST_BYTES:
-            raise _BadRequest(413, f"a request may bring {_MOST_BYTES} bytes")
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > _MOST_BYTES:
+                    raise _BadRequest(413, f"a request may bring {_MOST_BYTES} bytes")
+    except TimeoutError:
+        raise _BadRequest(408, f"a request may take {_BODY_SECONDS:.0f} seconds to arrive") from None
     try:
         found = json.loads(data or b"{}")
     except (ValueError, RecursionError):
@@ -248,7 +268,9 @@ def _shown(task: Task) -> dict[str, Any]:
 
 
 def _problem(status: int, text: str) -> Response:
-    return JSONResponse({"error": text}, status_code=status)
+    # What of a request was not read is not waited for.
+    headers = {"Connection": "close"} if status in (408, 413) else None
+    return JSONResponse({"error": text}, status_code=status, headers=headers)
 
 
 def _disk_problem(request: Request, error: Exception) -> Response:

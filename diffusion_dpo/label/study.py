@@ -88,7 +88,7 @@ class Study:
         self._order = sorted(items, key=lambda item: self._chance("order", item.id, "everyone"))
         self._place = {item.id: place for place, item in enumerate(self._order)}
         self._turns = Turns([bool(item.ruined_image) for item in self._order], config.votes_per_pair)
-        self._log = log
+        self.log = log
         self._clock = clock
         self._raters: dict[str, _Rater] = {}
         self._standing: dict[tuple[str, str], dict[str, Any]] = {}
@@ -119,8 +119,26 @@ class Study:
 
         Raises UnknownTask, and OSError when the disk does not take the vote.
         """
+        if event := self.vote_event(rater, task_id, answer, key=key, reason=reason, seconds=seconds):
+            self.log.append(event)
+            self.take(event)
+
+    def undo(self, rater: str, *, key: str) -> Task:
+        """Take a rater's last vote back and return what it was on. The same key again changes nothing.
+
+        Raises UnknownTask where there is no vote, and OSError when the disk does not take the event.
+        """
+        if event := self.undo_event(rater, key=key):
+            self.log.append(event)
+            self.take(event)
+        return self.undone(rater, key)
+
+    def vote_event(
+        self, rater: str, task_id: str, answer: str, *, key: str, reason: str, seconds: float
+    ) -> dict[str, Any] | None:
+        """Return a vote as it is written down, for `take` once it is; None when it was taken before."""
         if (rater, key) in self._heard:
-            return
+            return None
         task = self._task(rater, task_id)
         if task_id in self._rater(rater).votes:
             raise UnknownTask("this pair has your vote already; press u to take it back first")
@@ -129,7 +147,7 @@ class Study:
             choice = task.left if answer == "left" else ("second" if task.left == "first" else "first")
         if choice not in CHOICES:
             raise UnknownTask(f"there is no answer {answer!r}; it is one of left, right, tie, both_bad, skip")
-        event = {
+        return {
             "event": "vote",
             "key": key,
             "rater": rater,
@@ -142,27 +160,28 @@ class Study:
             "seconds": round(seconds, 3),
             "time": round(time.time(), 3),
         }
-        self._log.append(event)
-        self._hear(event)
-        self._add(event)
 
-    def undo(self, rater: str, *, key: str) -> Task:
-        """Take a rater's last vote back and return what it was on. The same key again changes nothing.
-
-        Raises UnknownTask where there is no vote, and OSError when the disk does not take the event.
-        """
+    def undo_event(self, rater: str, *, key: str) -> dict[str, Any] | None:
+        """Return the undo of a rater's last vote as it is written down; None when it was taken before."""
         if (rater, key) in self._heard:
-            return self._task(rater, self._heard[rater, key])
+            return None
         votes = self._rater(rater).votes
         if not votes:
             raise UnknownTask("there is no vote of yours to take back")
-        task_id, last = next(reversed(votes.items()))
-        task = self._task(rater, task_id)
-        event = {"event": "undo", "key": key, "vote": last["key"], "rater": rater, "time": round(time.time(), 3)}
-        self._log.append(event)
+        last = votes[next(reversed(votes))]
+        return {"event": "undo", "key": key, "vote": last["key"], "rater": rater, "time": round(time.time(), 3)}
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Take an event that is in the log. Between it and its making there is none of the same rater."""
         self._hear(event)
-        self._remove(last, task)
-        return task
+        if event["event"] == "vote":
+            self._add(event)
+        else:
+            self._remove(self._standing[event["rater"], event["vote"]])
+
+    def undone(self, rater: str, key: str) -> Task:
+        """Return the question that the undo with a key has brought back."""
+        return self._task(rater, self._heard[rater, key])
 
     def progress(self, rater: str) -> tuple[int, int]:
         """Return how many questions a rater has answered, and how many there are for them, answered ones included."""
@@ -174,6 +193,11 @@ class Study:
         left = pairs + checks + repeats + len(mine.checks) + len(mine.repeats)
         return len(mine.votes), len(mine.votes) + left
 
+    @property
+    def num_events(self) -> int:
+        """How many votes and undos there were, taken together."""
+        return len(self.log.events)
+
     def standing(self) -> list[dict[str, Any]]:
         """Return the votes that stand, in order of time."""
         return list(self._standing.values())
@@ -183,7 +207,7 @@ class Study:
         return +self._counts
 
     def _schedule(self, rater: str, amount: int) -> Iterator[tuple[Item, Kind]]:
-        """Yield what a rater is asked next, in order: pairs, each repeat a while after its pair, and checks among them.
+        """Yield what a rater is asked next, in order: pairs, checks among them, and repeats a while after their pairs.
 
         The pairs are those that they may still be given, at most `amount`; a check or repeat in it may be answered.
         """
@@ -231,9 +255,9 @@ class Study:
         return int.from_bytes(digest[:8], "big") / 2**64
 
     def _replay(self) -> None:
-        for event in self._log.events:
+        for event in self.log.events:
             self._hear(event)
-        for event in standing(self._log.events):
+        for event in standing(self.log.events):
             if event["item"] in self.items:
                 self._add(event)
 
@@ -263,20 +287,20 @@ class Study:
         if _has(mine.repeated, number) and _task_id(item.id, "repeat") not in mine.votes:
             mine.repeats.append((number, item))
 
-    def _remove(self, vote: dict[str, Any], task: Task) -> None:
+    def _remove(self, vote: dict[str, Any]) -> None:
         """Undo what `_add` did with a rater's last vote."""
-        item, rater = task.item, vote["rater"]
+        item, kind, rater = self.items[vote["item"]], vote["kind"], vote["rater"]
         mine = self._rater(rater)
-        del mine.votes[task.id], self._standing[rater, vote["key"]]
-        self._counts[task.kind] -= 1
+        del mine.votes[_task_id(item.id, kind)], self._standing[rater, vote["key"]]
+        self._counts[kind] -= 1
         number = mine.pairs.get(item.id)
-        if task.kind == "pair":
+        if kind == "pair":
             del mine.pairs[item.id]
             self._turns.unvote(self._place[item.id], rater, self._clock() + self.config.lease_seconds)
             _discard(mine.checks, number)
             _discard(mine.repeats, number)
-        elif number is not None and (task.kind == "check" or _has(mine.repeated, number)):
-            pending = mine.checks if task.kind == "check" else mine.repeats
+        elif number is not None and (kind == "check" or _has(mine.repeated, number)):
+            pending = mine.checks if kind == "check" else mine.repeats
             pending.insert(bisect_left(pending, number, key=_number), (number, item))
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from diffusion_dpo.config import dump
 from diffusion_dpo.data.votes import read_lines, read_votes
+from diffusion_dpo.label.connections import make_server
 from diffusion_dpo.label.items import make_items
 from diffusion_dpo.label.log import Log
 from diffusion_dpo.label.server import make_app
@@ -39,7 +39,7 @@ def served(root: Path, *overrides: str, prompts: list[str] | None = None) -> Ite
     with Log(config.output_dir / "votes.jsonl") as log:
         study = Study(config, make_items(config, config.output_dir), log)
         app = make_app(study, config.output_dir, token=TOKEN, hosts=frozenset([host]))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+        server = make_server(app)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

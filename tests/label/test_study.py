@@ -78,7 +78,7 @@ def test_repeats_come_later_with_the_sides_swapped_and_count_for_nothing_else(tm
             assert task.left != left[task.item.id]
             assert i - place[task.item.id] > 9 or place[task.item.id] > 45
     assert len(read_votes(config.output_dir)) == 60
-    (rater,) = results_of(study).raters
+    (rater,) = results_of(study.standing(), study.items).raters
     assert rater.repeats == (0, total - 60)  # always left is never the same image
     assert any("the same answer" in warning for warning in rater.warnings)
     assert any("chose the left image in" in warning for warning in rater.warnings)
@@ -90,7 +90,7 @@ def test_attention_checks_are_counted_and_make_no_pair(tmp_path: Path) -> None:
     asked = answer_all(study, "ann", "right")
     checks = [task for task in asked if task.kind == "check"]
     assert len(checks) == 6 and all(task.images[0] != task.images[1] for task in checks)
-    passed, of = results_of(study).raters[0].checks
+    passed, of = results_of(study.standing(), study.items).raters[0].checks
     assert of == 6 and passed == sum(task.left == "second" for task in checks)
     assert len(read_votes(config.output_dir)) == 12
 
@@ -113,7 +113,7 @@ def test_every_pair_is_shown_to_as_many_as_are_asked_for(tmp_path: Path) -> None
     for rater, choice in (("ann", "left"), ("bob", "left")):
         assert len(answer_all(study, rater, choice)) == 12
     assert not study.tasks("cyd", 1)
-    found = results_of(study)
+    found = results_of(study.standing(), study.items)
     assert found.agreement is not None and found.agreement[1] == 12
     assert found.kappa is not None and found.alpha is not None
 

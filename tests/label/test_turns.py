@@ -40,11 +40,11 @@ class Plain:
         self.leases: dict[str, dict[str, float]] = {}
 
     def votes(self, rater: str) -> list[dict[str, Any]]:
-        return [vote for vote in standing(self.study._log.events) if vote["rater"] == rater]
+        return [vote for vote in standing(self.study.log.events) if vote["rater"] == rater]
 
     def is_free(self, item: Item, rater: str) -> bool:
         voters = {
-            it["rater"] for it in standing(self.study._log.events) if (it["item"], it["kind"]) == (item.id, "pair")
+            it["rater"] for it in standing(self.study.log.events) if (it["item"], it["kind"]) == (item.id, "pair")
         }
         kept = self.leases.get(item.id, {})
         others = sum(until > self.clock.now for name, until in kept.items() if name not in {rater, *voters})
@@ -104,7 +104,7 @@ def test_questions_are_those_of_the_plain_rules(tmp_path: Path, needed: int) -> 
                     study.vote(rater, known, "tie", key=key, reason="", seconds=1)
                     plain.leases.get(item, {}).pop(rater if kind == "pair" else "", None)
             clock.now += rng.choice((0, 1, 20, LEASE))
-        study._log._file.close()
+        study.log._file.close()
 
 
 def calls_in(work: Callable[[], None]) -> int:
@@ -142,7 +142,7 @@ def work_of_a_vote(path: Path, *, pairs: int, raters: int, needed: int, votes: i
 
     study.tasks("me", 4)
     work = calls_in(vote)
-    study._log._file.close()
+    study.log._file.close()
     return work
 
 
