@@ -140,6 +140,7 @@ def _report(
             adapter=compared.adapter,
             adapter_scale=compared.model.adapter_scale,
             labelled_by=compared.labelled_by,
+            judges_not_known=compared.judges_not_known,
             num_prompts_trained_on=num_trained_on(compared, wall.prompts),
         )
         for compared in lineup

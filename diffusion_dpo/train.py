@@ -8,14 +8,16 @@ import hashlib
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from diffusion_dpo import card, interrupt
-from diffusion_dpo.card.public import public_base, public_data
+from diffusion_dpo.card import ancestry
+from diffusion_dpo.card.ancestry import Ancestry
+from diffusion_dpo.card.public import public_base, public_data, public_start
 from diffusion_dpo.config import ConfigError, dump
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PairSource, collect
@@ -100,7 +102,6 @@ def _look_at_data(config: TrainConfig) -> Collected:
 def _run(
     config: TrainConfig, model: LoadedModel, data: Collected | None, dtype: "torch.dtype", processes: Processes
 ) -> Path:
-    source = cast(PairSource, config.data)
     if data is None:
         processes.wait()  # until the main process has looked at the data and taken the folder
         data = _look_at_data(config)
@@ -111,8 +112,11 @@ def _run(
         "encoders": model.encoder_hash,
         "data": {"content": data.fingerprint, "num_rows": len(data)},
     }
+    found = _stands_on(config, data)
     way_on = f"train on from its result: output_dir=ANOTHER model.adapter_path={shlex.quote(str(config.output_dir))}"
-    with claim(config.output_dir, "train", identity, way_on=way_on) if processes.is_main else nullcontext():
+    claimed = claim(config.output_dir, "train", identity, facts=found.facts(), way_on=way_on)
+    context: AbstractContextManager[dict[str, Any]] = claimed if processes.is_main else nullcontext({})
+    with context as before:
         if processes.is_main:
             _write_text(config.output_dir / "config.yaml", dump(config))
             card.write_environment(config.output_dir / "environment.json")
@@ -134,14 +138,44 @@ def _run(
             "drops": data.drops,
             "base": public_base(config, {}),
             "data": public_data(config, {}),
-            "labelled_by": source.labelled_by(),
-            "lineage": sorted(source.lineage),
-            "prompt_hashes": _prompt_hashes(data.prompt_keys),
+            "start": public_start(config),
+            **_distances(state),
+            **found.still(before).facts(),
         }
         if processes.is_main:
             card.write_card(config, adapter, facts)
             finish(config.output_dir, "train", identity, **facts)
     return adapter
+
+
+def _stands_on(config: TrainConfig, data: Collected) -> Ancestry:
+    """Return what the result stands on, the pairs and all that its start was trained on; say where that is open."""
+    source, settings = cast(PairSource, config.data), config.model.model_dump()
+    start = ancestry.of_model(str(settings.get("pretrained", "")), settings.get("adapter_path"))
+    for name in start.judges_not_known:
+        warn(
+            f"training starts from {name}: its judges are not known, so that `compare` cannot tell which metrics are "
+            "held out; name those that labelled its pairs there, as trained_on"
+        )
+    own = {
+        "labelled_by": source.labelled_by(),
+        "lineage": sorted(source.lineage),
+        "prompt_hashes": _prompt_hashes(data.prompt_keys),
+    }
+    return ancestry.of_facts(own, config.output_dir.resolve().name) | start
+
+
+def _distances(run: Run) -> dict[str, float | str | None]:
+    """Return how far the result is from what training started from, and from the model that all began with.
+
+    Null where it was not measured; `kl_base_missing` says why, where that is not for want of held-out pairs.
+    """
+    kl = None if run.held_out is None else run.kl
+    kl_base = kl if run.model.original() is None else run.kl_base
+    lost = run.model.original_lost
+    if ancestry.of_model(str(run.config.model.model_dump().get("pretrained", "")), None) != Ancestry():
+        lost = "the pretrained model is itself a tuned one, merged, and what it was tuned from is not loaded"
+    return {"kl": kl, "kl_base": None, "kl_base_missing": lost} if lost else {"kl": kl, "kl_base": kl_base}
 
 
 def _train(run: Run, prompts: Sequence[str]) -> int:
@@ -170,7 +204,7 @@ def _train(run: Run, prompts: Sequence[str]) -> int:
             if run.held_out and (done % config.evaluation.every_steps == 0 or done == config.max_steps):
                 with run.as_result():
                     metrics |= run.held_out.evaluate(run.model, processes)
-                run.kl = metrics["eval/kl"]
+                run.kl, run.kl_base = metrics["eval/kl"], metrics.get("eval/kl_base")
                 say(f"step {done}, held-out pairs: {progress_note(metrics)}")
             if tracker is not None:
                 tracker.log(done, metrics)

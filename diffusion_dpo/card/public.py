@@ -42,6 +42,12 @@ def public_data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
     return public_name(path) if config.data.type == "hub" else Path(path).name
 
 
+def public_start(config: TrainConfig) -> str | None:
+    """Return the name of the adapter that training starts from, None without one."""
+    path = config.model.model_dump().get("adapter_path")
+    return None if path is None else Path(path).resolve().name
+
+
 def public_settings(config: TrainConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run for others: base and data by their public names, the rest scrubbed."""
     settings = config.model_dump(mode="json")

@@ -195,6 +195,8 @@ def _data(config: TrainConfig, facts: Mapping[str, Any]) -> str:
         f"{facts['num_pairs']} rows, of type {plain(config.data.type)}{named}, and {facts['num_held_out']} held out.",
         *(f"Left out: {count} {plain(reason)}." for reason, count in sorted(facts.get("drops", {}).items())),
     ]
+    if facts.get("start"):
+        lines.append(f"Trained on from {plain(facts['start'])}, whose judges are among these.")
     labelled_by = facts.get("labelled_by") or ()
     if not labelled_by:
         lines.append("Labelled by their source.")

@@ -27,9 +27,13 @@ class Compared:
     step: int | None = None
     """The step of the checkpoint that was asked for."""
     labelled_by: tuple[str, ...] | None = ()
-    """Metrics that labelled its training pairs; None where it was tuned and nothing says."""
+    """Metrics that labelled its training pairs or those of what it started from; None where nothing says."""
+    judges_not_known: tuple[str, ...] = ()
+    """What it stands on of which nothing says who labelled the pairs."""
     lineage: frozenset[str] = frozenset()
-    """Of its training pairs: see PairSource."""
+    """Of its training pairs, and of those of what it started from: see PairSource."""
+    prompt_hashes: frozenset[str] = frozenset()
+    """Of the prompts of all these pairs."""
 
     @property
     def description(self) -> str:

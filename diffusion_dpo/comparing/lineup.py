@@ -2,9 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusion_dpo.card import ancestry
 from diffusion_dpo.comparing import Compared
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
@@ -66,11 +68,8 @@ def training_facts(adapter_path: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def num_trained_on(compared: Compared, prompts: Sequence[Prompt]) -> int:
-    """Count the prompts that a model's adapter was trained on, as far as its run folder says."""
-    if compared.trained_by is None:
-        return 0
-    seen = set(read_manifest(compared.trained_by).get("prompt_hashes", ()))
-    return sum(prompt_hash(prompt.text) in seen for prompt in prompts)
+    """Count the prompts that a model, or what it started from, was trained on, as far as manifests say."""
+    return sum(prompt_hash(prompt.text) in compared.prompt_hashes for prompt in prompts)
 
 
 def implicit_accuracy(compared: Compared) -> Point | None:
@@ -91,25 +90,29 @@ def implicit_accuracy(compared: Compared) -> Point | None:
 
 def _compared(name: str, model: ImageModel, config: CompareConfig) -> Compared:
     path = model.adapter_path
-    if path is None:
-        labelled_by = () if name == BASELINE else config.trained_on or ()
-        return Compared(name, model, weights_hash(model), labelled_by=labelled_by)
-    run, facts = training_facts(path)
-    known = config.trained_on if config.trained_on is not None else tuple(facts.get("labelled_by", ())) or None
-    step = None
-    if is_checkpoint(path):
-        step = int(path.name.partition("-")[2])
-        path = _adapter_of(config, path)
-        model = model.model_copy(update={"adapter_path": path})
-    return Compared(
+    found = ancestry.of_model(model.pretrained, path)
+    known = found.labelled_by or (None if found.judges_not_known else ())
+    if config.trained_on is not None and name != BASELINE:
+        found, known = replace(found, judges_not_known=()), config.trained_on
+    compared = Compared(
         name,
         model,
-        weights_hash(model),
-        adapter_hash(path),
-        trained_by=run,
-        step=step,
+        "" if path is not None and is_checkpoint(path) else weights_hash(model),
         labelled_by=known,
-        lineage=frozenset(facts.get("lineage", ())),
+        judges_not_known=found.judges_not_known if known else (),
+        lineage=found.lineage,
+        prompt_hashes=found.prompt_hashes,
+    )
+    if path is None:
+        return compared
+    run, _ = training_facts(path)
+    if not is_checkpoint(path):
+        return replace(compared, adapter=adapter_hash(path), trained_by=run)
+    step = int(path.name.partition("-")[2])
+    written = _adapter_of(config, path)
+    model = model.model_copy(update={"adapter_path": written})
+    return replace(
+        compared, model=model, weights=weights_hash(model), adapter=adapter_hash(written), trained_by=run, step=step
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_dpo.card import ancestry
 from diffusion_dpo.card.public import public_name
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
@@ -89,6 +90,7 @@ def export_adapter(config: ExportConfig) -> Path:
             with _clean(config.output_dir, is_new=is_new):
                 facts = _make(config, kind, where, base, name)
                 adapter = adapter_hash(config.adapter_path)
+                facts |= ancestry.of_model(base.pretrained, config.adapter_path).facts()
                 finish(config.output_dir, "export", identity, name=name, adapter=adapter, **facts)
     _say_how_to_use(config, base, name)
     return config.output_dir

@@ -45,6 +45,8 @@ class LoadedModel(Protocol):
     """Hash of all that encodes images and prompts, weights and settings: the key of the latent cache."""
     reference_needs_copy: bool = False
     """Whether `reference()` follows the policy until `freeze_copy` is called."""
+    original_lost: str = ""
+    """Why nothing can be measured from the pretrained model, "" where it can: see `original`."""
     pipeline: "DiffusionPipeline"
     """The same weights as a pipeline, for previews."""
 
@@ -101,6 +103,13 @@ class LoadedModel(Protocol):
         The reference is the frozen copy, where there is one. Without, it is the model with the trained adapter left
         out, or, where the whole denoiser is trained, the denoiser as it is: right before the first step only.
         """
+
+    def original(self) -> AbstractContextManager[None] | None:
+        """Within it, `predict` is the pretrained model without the adapter that training starts from, and no gradient.
+
+        None where the two are one, and where such a start cannot be left out, which `original_lost` explains.
+        """
+        return None
 
     def freeze_copy(self) -> None:
         """Let the reference be a copy of the weights, frozen as they are now (without the trained adapter).

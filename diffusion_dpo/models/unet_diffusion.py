@@ -122,6 +122,7 @@ class LoadedUNet(LoadedModel):
         self.encoder_hash = content_hash([facts(pipeline.vae.config), *text], pipeline.vae, *encoders)
         self._is_lora = settings.lora is not None
         self.reference_needs_copy = not self._is_lora
+        self.original_lost = _lost(self._start, is_lora=self._is_lora)
         if settings.lora is not None:
             self._add_lora(settings.lora, seed)
         else:
@@ -258,6 +259,19 @@ class LoadedUNet(LoadedModel):
         finally:
             self._in_reference = False
 
+    def original(self) -> AbstractContextManager[None] | None:
+        """See LoadedModel: the LoRA that training starts from is left out as the trained one is."""
+        return None if self._start is None or self.original_lost else self._without_loras()
+
+    @contextmanager
+    def _without_loras(self) -> Iterator[None]:
+        kept, self._copy = self._copy, None
+        try:
+            with self.reference(), adapters.left_out(self._lora_layers, _START):
+                yield
+        finally:
+            self._copy = kept
+
     def freeze_copy(self) -> None:
         """See LoadedModel. What is not trained is shared; of what is, as little is kept as the reference needs.
 
@@ -358,6 +372,15 @@ def _compiler_errors() -> Iterator[None]:
             f"compile=true, and torch.compile failed: {first_sentence(error)}. Set compile=false; `diffusion-dpo "
             "doctor` shows the versions here"
         ) from error
+
+
+def _lost(start: "adapters.AdapterKind | None", *, is_lora: bool) -> str:
+    """Say why the pretrained model cannot be asked during training; "" where it can."""
+    if start == "unet":
+        return "training starts from a whole UNet, which takes the place of the pretrained one"
+    if start == "lora" and not is_lora:
+        return "the LoRA that training starts from is part of the weights that are trained"
+    return ""
 
 
 def _start_scales(unet: "torch.nn.Module") -> list[dict[str, float]]:

@@ -102,7 +102,9 @@ class ModelFacts(Config):
     adapter_scale: float = 1.0
     """Strength of its adapter."""
     labelled_by: tuple[str, ...] | None = ()
-    """Metrics that labelled its training pairs; null where it was tuned and nothing says."""
+    """Metrics that labelled its training pairs or those of what it started from; null where nothing says."""
+    judges_not_known: tuple[str, ...] = ()
+    """What it stands on, beside that, of which nothing says who labelled the pairs."""
     num_prompts_trained_on: int = Field(0, ge=0)
     """How many of the prompts were in the pairs that it was trained on, as far as is known."""
 

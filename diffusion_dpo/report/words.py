@@ -194,6 +194,11 @@ def _cautions_of(report: Report, facts: ModelFacts) -> list[str]:
             "nothing says what labelled the pairs that it was trained on, and a judge that did is not told apart: set "
             "trained_on to the metrics that did, or to [] where people chose."
         )
+    if facts.judges_not_known:
+        notes.append(
+            f"it stands on {listed(facts.judges_not_known)}, whose judges are not known and not told apart; set "
+            "trained_on to all metrics that labelled."
+        )
     if facts.num_prompts_trained_on:
         notes.append(
             f"{facts.num_prompts_trained_on:,} of {count(report.num_prompts, 'prompts')} were in the training pairs: "

@@ -41,6 +41,8 @@ class Run:
     """Hash of what makes this run another than any other; a checkpoint of another run is refused."""
     kl: float = 0.0
     """The KL divergence from the reference, in nats per image, at the last evaluation."""
+    kl_base: float | None = None
+    """The same from the pretrained model, where training started from something else that can be left out."""
 
     @property
     def processes(self) -> Processes:

@@ -68,20 +68,32 @@ def denoising_errors(
     batch: Batch,
     *,
     reference: "Callable[[], AbstractContextManager[None]] | None",
-    reference_prediction: "Tensor | None" = None,
     baseline: float = 0.0,
 ) -> ImageErrors:
     """Return mean squared errors per image, float32, of policy and (without gradient) reference.
 
-    Within `reference()`, `model.predict` is the reference; None skips that forward. Where the reference's predictions
-    are known already (`reference_prediction`), they are taken instead; where only its errors are (`batch.reference`),
-    there is no drift.
+    Within `reference()`, `model.predict` is the reference; None skips that forward. Where its errors are known already
+    (`batch.reference`), there is no drift.
     """
     noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
-    if reference_prediction is None and reference is not None and batch.reference is None:
+    reference_prediction = None
+    if reference is not None and batch.reference is None:
         with reference():
             reference_prediction = model.predict(noisy_latents, timesteps, conditioning)
     prediction = model.predict(noisy_latents, timesteps, conditioning)
+    return errors_of(model, batch, prediction, target, reference_prediction, baseline=baseline)
+
+
+def errors_of(
+    model: "LoadedModel",
+    batch: Batch,
+    prediction: "Tensor",
+    target: "Tensor",
+    reference_prediction: "Tensor | None",
+    *,
+    baseline: float = 0.0,
+) -> ImageErrors:
+    """Return the errors of predictions that are there, as `denoising_errors`; all (K times B, C, h, w)."""
     residual = prediction - target
     errors, drift, cross = batch.reference, None, None
     if reference_prediction is not None:

@@ -14,7 +14,7 @@ give 17 % too much and 16 give 6 % (tests/training/test_evaluation.py).
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from diffusion_dpo.models import LoadedModel
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import Weighting
 from diffusion_dpo.training.batches import gather
-from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors
+from diffusion_dpo.training.errors import Batch, add_shared_noise, errors_of, mean_squares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,8 @@ class HeldOut:
     """What is trained with, where it is about pairs: its value is then measured as well."""
     _reference: "dict[int, Tensor]" = field(default_factory=dict)
     """The reference's predictions by the number of the batch, on the CPU."""
+    _original: "dict[int, Tensor]" = field(default_factory=dict)
+    """The pretrained model's, where training starts from something else that can be left out."""
 
     def evaluate(self, model: LoadedModel, processes: Processes = Processes()) -> dict[str, float]:  # noqa: B008
         """Return the metrics `eval/...`; the chosen image's error is the first of each pair's two.
@@ -60,36 +62,47 @@ class HeldOut:
         - accuracy: how often the policy, more than the reference, prefers the chosen image; a tie counts half.
         - margin: mean of (e_ref - e)(chosen) - (e_ref - e)(rejected), without weights and beta.
         - chosen_error, rejected_error: the policy's over the reference's, minus 1; below 0 is better than before.
-        - kl: nats per image. Each `.../se` is a standard error over prompts, `.../log_snr_x` the value at one noise
-          level; clean images have a high log SNR.
+        - kl: nats per image, from the reference.
+        - kl_base: the same from the pretrained model, where that is not what training started from.
+
+        Each `.../se` is a standard error over prompts, `.../log_snr_x` the value at one noise level; clean images have
+        a high log SNR.
         """
         import torch
 
         self.ask_reference(model, processes)
         parts, numbers = self._parts, self._numbers(processes)
-        table = torch.zeros(4, len(self.examples) * self.num_timesteps, 2, device=model.device)
+        table = torch.zeros(5, len(self.examples) * self.num_timesteps, 2, device=model.device)
         with torch.no_grad():
             for number in numbers:
                 place = min(number, len(parts) - 1)
                 cells = parts[place]
                 batch = self._batch(model, cells).to(model.device)
                 reference = self._reference[place].to(model.device)
-                found = denoising_errors(model, batch, reference=None, reference_prediction=reference)
+                noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
+                prediction = model.predict(noisy_latents, timesteps, conditioning)
+                found = errors_of(model, batch, prediction, target, reference)
                 assert found.reference is not None and found.drift is not None
-                values = [found.policy, found.reference, found.drift]
+                moved = found.drift
+                if self._original:
+                    moved = mean_squares(
+                        prediction - self._original[place].to(model.device), replace(batch, masks=None)
+                    )
+                values = [found.policy, found.reference, found.drift, moved]
                 if self.objective is not None:
                     values.append(self.objective(found)[1].loss[:, None].expand(-1, 2))
                 if number < len(parts):
                     table[: len(values), cells.start : cells.stop] = torch.stack(values)
-        table = processes.sum(table).cpu().view(4, len(self.examples), self.num_timesteps, 2).double()
-        policy, reference_errors, drift, losses = table.numpy()
+        table = processes.sum(table).cpu().view(5, len(self.examples), self.num_timesteps, 2).double()
+        policy, reference_errors, drift, moved_by, losses = table.numpy()
         metrics = self._measure("eval", policy, reference_errors)
         if self.objective is not None:
             metrics |= self._mean("eval/loss", losses[:, :, 0])
         for column, log_snr in enumerate(model.log_snr(self._timesteps(model).to(model.device)).tolist()):
             part = (slice(None), slice(column, column + 1))
             metrics |= self._measure(f"eval/log_snr_{log_snr:+.2f}", policy[part], reference_errors[part])
-        return metrics | {"eval/kl": self._kl(model, drift)}
+        metrics["eval/kl"] = self._kl(model, drift)
+        return metrics | ({"eval/kl_base": self._kl(model, moved_by)} if self._original else {})
 
     def ask_reference(self, model: LoadedModel, processes: Processes = Processes()) -> None:  # noqa: B008
         """Have the reference predict, once, what this process will measure; `evaluate` does not need it afterwards."""
@@ -99,6 +112,9 @@ class HeldOut:
             noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
             with model.reference():
                 self._reference[place] = model.predict(noisy_latents, timesteps, conditioning).cpu()
+            if (original := model.original()) is not None:
+                with original:
+                    self._original[place] = model.predict(noisy_latents, timesteps, conditioning).cpu()
 
     def _numbers(self, processes: Processes) -> range:
         """The batches of a process, equally many for each, which a divided model needs; above the last: it, again."""
@@ -182,7 +198,8 @@ class HeldOut:
 
 def progress_note(metrics: Mapping[str, float]) -> str:
     """Return an evaluation in one line."""
+    from_base = f", {metrics['eval/kl_base']:.2g} from the base" if "eval/kl_base" in metrics else ""
     return (
         f"accuracy {metrics['eval/accuracy']:.2f}, chosen error {metrics['eval/chosen_error']:+.2%}, rejected "
-        f"{metrics['eval/rejected_error']:+.2%}, KL {metrics['eval/kl']:.2g} nats"
+        f"{metrics['eval/rejected_error']:+.2%}, KL {metrics['eval/kl']:.2g} nats{from_base}"
     )

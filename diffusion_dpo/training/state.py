@@ -48,6 +48,7 @@ def save(run: Run, folder: Path, step: int) -> None:
         "scaler": run.scaler.state_dict(),
         "health": run.health.to_json(),
         "kl": run.kl,
+        "kl_base": run.kl_base,
     }
     if run.processes.is_main:
         checkpoint.save(folder, step, parts, state, keep=run.config.checkpoints_total_limit)
@@ -89,7 +90,7 @@ def resume(run: Run, folder: Path) -> int:
     if found.state["scaler"]:
         run.scaler.load_state_dict(found.state["scaler"])
     run.health = Health.from_json(found.state["health"])
-    run.kl = found.state["kl"]
+    run.kl, run.kl_base = found.state["kl"], found.state["kl_base"]
     return found.step
 
 

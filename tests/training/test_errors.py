@@ -9,7 +9,7 @@ import torch
 
 from diffusion_dpo.losses import PairErrors
 from diffusion_dpo.losses.dpo import DPO
-from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors, reference_errors
+from diffusion_dpo.training.errors import Batch, add_shared_noise, denoising_errors, errors_of, reference_errors
 
 SHAPE = (4, 8, 8)
 
@@ -122,13 +122,13 @@ def test_the_reference_is_skipped_where_nobody_needs_it(batch: Batch):
 
 def test_known_reference_predictions_give_the_same_errors(batch: Batch):
     model = KnownModel()
-    noisy_latents, timesteps, conditioning, _ = add_shared_noise(model, batch)
+    noisy_latents, timesteps, conditioning, target = add_shared_noise(model, batch)
     with model.reference():
-        prediction = model.predict(noisy_latents, timesteps, conditioning)
-    known = denoising_errors(model, batch, reference=None, reference_prediction=prediction)
+        reference = model.predict(noisy_latents, timesteps, conditioning)
+    known = errors_of(model, batch, model.predict(noisy_latents, timesteps, conditioning), target, reference)
     fresh = denoising_errors(model, batch, reference=model.reference)
     assert known.reference is not None and fresh.reference is not None
-    assert torch.equal(known.reference, fresh.reference)
+    assert torch.equal(known.reference, fresh.reference) and torch.equal(known.policy, fresh.policy)
 
 
 def test_drift_and_cross_are_those_of_the_predictions(batch: Batch):
