@@ -40,8 +40,8 @@ COPIED = ("diffusion_dpo", "tests", "scripts", "configs", "docs", "notebooks", "
 CORE = {
     "losses/*.py": ["losses"],
     "training/errors.py": ["training/test_errors.py", "losses/test_weighting.py"],
-    "training/batches.py": ["training/test_shapes.py", "training/test_reference.py", "training/test_exactness.py"],
-    "training/averaging.py": ["training/test_reference.py", "training/test_exactness.py"],
+    "training/batches.py": ["training/test_batches.py"],
+    "training/averaging.py": ["training/test_averaging.py"],
     "training/reference.py": ["training/test_reference.py"],
     "training/evaluation.py": ["training/test_evaluation.py", "training/test_shapes.py"],
     "data/order.py": ["data/test_order.py"],

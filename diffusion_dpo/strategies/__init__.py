@@ -32,7 +32,7 @@ class ScoreTable:
     """The spread of each metric within a prompt, over all prompts: the unit of normalised margins."""
     main: str
     """The metric that decides where a strategy names none; empty where there are no scores."""
-    num_photos: int = 0
+    num_photos: int
     """Reference photographs of the prompt, for the strategies that pair with them."""
 
     def __len__(self) -> int:

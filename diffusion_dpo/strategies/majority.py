@@ -17,7 +17,7 @@ class Majority(Strategy):
 
     metrics: tuple[str, ...] = Field(min_length=2)
     """The metrics that vote."""
-    min_agree: int | None = Field(None, ge=1)
+    min_agree: int | None = None
     """Votes that chosen needs; null: more than half."""
     veto: float = Field(1.0, ge=0)
     """A metric by which chosen is worse by more than this, in normalised units, forbids the pair."""

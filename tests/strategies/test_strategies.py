@@ -1,5 +1,6 @@
 """Every strategy on small tables whose right pairs are known, and the laws that hold for all of them."""
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -11,7 +12,7 @@ from scipy.special import expit
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.registry import TABLES
 from diffusion_dpo.settings import PairConfig
-from diffusion_dpo.strategies import TOO_FEW, Strategy
+from diffusion_dpo.strategies import TOO_FEW, Pick, ScoreTable, Strategy, compare, gaps, ranked
 from diffusion_dpo.strategies.majority import NO_MAJORITY, OUTWEIGHED, VETOED
 from diffusion_dpo.strategies.pareto import NOT_DOMINATED
 from diffusion_dpo.strategies.plan import (
@@ -65,8 +66,63 @@ def picks(
         num_photos=num_photos,
     )
     found, drops = pick_pairs(table, how, limits)
+    assert all(type(number) is int and number > 0 for number in [*lacking.values(), *drops.values()])
     named = [(f"photo {p.chosen}" if p.photo else table.uids[p.chosen], table.uids[p.rejected]) for p in found]
     return named, dict(lacking + drops), [p.margin for p in found]
+
+
+ENDS = {
+    "gate": {"gates": (None, [[]], []), "failed": ("drop", ["win"], ["lose"])},
+    "majority": {
+        "metrics": (None, [["a"]], [["a", "b"]]),
+        "min_agree": (None, [0, 1, 4], [2, 3]),
+        "veto": (1.0, [-1e-9], [0.0]),
+    },
+    "pareto": {"metrics": (None, [["a"]], [["a", "b"]]), "min_gain": (0.0, [-1e-9], [0.0])},
+    "top_bottom": {"top_k": (2, [0], [1]), "top_share": (None, [0.0, 0.5 + 1e-9], [1e-9, 0.5])},
+    "weighted": {
+        "weights": (None, [{}, {"a": 0.0}], [{"a": 1e-9}]),
+        "normalise": ("rank", ["minmax"], ["win_rate", "robust_z"]),
+        "temperature": (1.0, [0.0], [1e-9]),
+    },
+}
+"""Of every setting: its default, None where it has none; values that are refused, and the last ones that are not."""
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_setting_has_its_default_and_its_ends(name: str) -> None:
+    for setting, (default, refused, accepted) in ENDS[name].items():
+        assert default is None or getattr(strategy(name), setting) == default
+        for value in accepted:
+            found = getattr(strategy(name, **{setting: value}), setting)
+            assert (list(found) if isinstance(found, tuple) else found) == value
+        for value in refused:
+            with pytest.raises(ConfigError, match=setting if value != {"a": 0.0} else "weight of a must be above 0"):
+                strategy(name, **{setting: value})
+
+
+def table_of(merits: list[float]) -> ScoreTable:
+    values = {"a": np.array(merits)}
+    return ScoreTable(tuple(map(str, range(len(merits)))), values, values, {"a": 2.0}, "a", 0)
+
+
+def test_of_equal_images_the_first_comes_first() -> None:
+    table = table_of([1.0, 0.0] * 50)
+    assert ranked(table.merits["a"]) == [*range(0, 100, 2), *range(1, 100, 2)]
+    assert [pick[:2] for pick in compare(table, "a", [(4, 2), (2, 4), (1, 0)])] == [(4, 2), (2, 4), (0, 1)]
+
+
+def test_gaps_to_what_has_no_score_are_infinite_and_none_between_two_such() -> None:
+    with np.errstate(all="raise"):
+        found = gaps(table_of([0.0, -math.inf, -math.inf, 3.0]), ["a"])
+    assert found.tolist() == [
+        [
+            [0, math.inf, math.inf, -1.5],
+            [-math.inf, 0, 0, -math.inf],
+            [-math.inf, 0, 0, -math.inf],
+            [1.5, math.inf, math.inf, 0],
+        ]
+    ]
 
 
 def test_best_against_worst() -> None:
@@ -123,6 +179,9 @@ def test_pareto_wants_every_metric() -> None:
     assert picks(strategy("pareto"), scores, lower=("b",))[0] == [("B", "C"), ("D", "C")], "b turned around"
     assert picks(strategy("pareto", min_gain=2.0), scores)[0] == [("A", "B"), ("A", "C"), ("A", "D")]
     assert picks(strategy("pareto", min_gain=2.0), scores, scale=2.0)[0] == [], "in normalised units"
+    one_of_two = {"a": [1.0, 1.0], "b": [0.5, 0.25]}
+    assert picks(strategy("pareto"), one_of_two)[0] == [("A", "B")], "as good by one, better by the other"
+    assert picks(strategy("pareto"), {"a": [1.0, 1.0], "b": [0.5, 0.5]})[1] == {NOT_DOMINATED: 1}
 
 
 def test_the_majority_decides_unless_one_is_far_against_it() -> None:
@@ -160,6 +219,11 @@ def test_half_of_the_votes_is_no_majority(votes: list[int], found: bool) -> None
 def test_one_far_against_two_a_little_for_is_no_majority() -> None:
     scores = {"a": [0.1, 0.0], "b": [0.1, 0.0], "c": [0.0, 0.9]}
     assert picks(strategy("majority"), scores)[:2] == ([], {OUTWEIGHED: 1})
+    scores = {"a": [0.5, 0.0], "b": [0.5, 0.0], "c": [0.0, 1.0]}
+    assert picks(strategy("majority"), scores)[:2] == ([], {OUTWEIGHED: 1}), "a veto of 1 is for more than 1"
+    three = {"a": [0.0, 0.0, 0.0, 1.0], "b": [0.0, 0.0, 0.0, 1.0], "c": [0.0, 0.0, 0.0, 1.0]}
+    found, drops, _ = picks(strategy("majority"), three)
+    assert (found, drops) == ([("D", "A"), ("D", "B"), ("D", "C")], {NO_MAJORITY: 3})
 
 
 def test_a_metric_has_one_vote() -> None:
@@ -245,6 +309,10 @@ def test_a_gate_before_votes() -> None:
     scores = {"a": [3.0, 2.0, 1.0], "b": [3.0, 2.0, 1.0], "c": [0.0, 1.0, 1.0]}
     assert picks(how, scores)[0] == [("B", "C")]
     assert (how.named, how.gated, how.uses_main) == (("a", "b"), ("c",), False)
+    scores = {"a": [3.0, 2.0, 1.0, 2.0], "b": [3.0, 2.0, 1.0, 0.0], "c": [0.0, 1.0, 1.0, 1.0]}
+    found, drops, _ = picks(how, scores)
+    assert found == [("B", "C"), ("B", "D")]
+    assert drops == {"images that do not pass the gate on c": 1, NOT_DOMINATED: 1}, "C is better by a, D by b"
 
 
 def test_photographs_are_chosen_over_everything_drawn() -> None:
@@ -254,8 +322,11 @@ def test_photographs_are_chosen_over_everything_drawn() -> None:
     assert margins == [math.inf] * 4
     assert picks(how, {"a": [1.0]}, num_photos=1)[0] == [("photo 0", "A")]
     assert picks(how, {"a": [1.0, 2.0]})[:2] == ([], {TOO_FEW: 1})
+    assert how.uses_main is False
     gated = strategy("gate", then="real_vs_generated")
     assert picks(gated, {"a": [1.0, 2.0], "c": [1.0, 0.0]}, num_photos=1)[0] == [("photo 0", "A")]
+    found = picks(gated, {"a": [1.0, 2.0], "c": [0.0, 1.0]}, num_photos=3)[0]
+    assert found == [("photo 0", "B"), ("photo 1", "B"), ("photo 2", "B")], "photographs pass no gate"
 
 
 def test_margins_have_a_smallest_one_in_either_unit() -> None:
@@ -276,6 +347,21 @@ def test_caps_keep_the_widest() -> None:
     assert both[:2] == per_image[:2], "what an image's cap takes away does not count for the prompt"
 
 
+def test_the_widest_comes_first_whatever_order_a_strategy_makes_pairs_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the margin; then in normalised units; then in the order of the images."""
+    right = [
+        Pick(3, 0, 2.0, 0.1),
+        Pick(2, 0, 1.0, 3.0),
+        Pick(0, 1, 1.0, 2.0),
+        Pick(0, 3, 1.0, 2.0),
+        Pick(1, 0, 1.0, 2.0),
+    ]
+    how = strategy("all_pairs")
+    for order in itertools.permutations(right):
+        monkeypatch.setattr(type(how), "pick", lambda self, table, order=order: (list(order), Counter()))
+        assert pick_pairs(table_of([0.0] * 4), how)[0] == right
+
+
 def test_the_unit_of_margins_is_the_spread_within_prompts() -> None:
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(2000), 8)
@@ -285,6 +371,8 @@ def test_the_unit_of_margins_is_the_spread_within_prompts() -> None:
     assert spread_within(values, groups) == pytest.approx(0.5, rel=0.02)
     assert spread_within(np.array([1.0, 1.0]), np.array([0, 0])) == 1
     assert spread_within(np.array([NAN, 3.0]), np.array([0, 1])) == 1
+    assert spread_within(np.array([NAN, NAN]), np.array([0, 1])) == 1
+    assert spread_within(np.array([1.0, 3.0, 7.0, 8.0, 9.0]), np.array([0, 0, 2, 2, 2])) == math.sqrt((2 + 2) / 3)
 
 
 @pytest.mark.parametrize("name", TABLES["strategies"])
