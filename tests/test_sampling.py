@@ -14,7 +14,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import LORA_FILE
 from diffusion_dpo.models.stable_diffusion import StableDiffusion
 from diffusion_dpo.models.unet_diffusion import Lora
-from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline, weights_hash
+from diffusion_dpo.sampling import DrawRequest, draw, image_seed, load_pipeline, weights_hash
 from diffusion_dpo.settings import ImageModel, Sampling
 
 CPU = torch.device("cpu")
@@ -39,6 +39,29 @@ def image(model: ImageModel, dtype: torch.dtype = torch.float32) -> np.ndarray:
     pipeline = load_pipeline(model, device=CPU, dtype=dtype)
     (drawn,) = draw(pipeline, [DrawRequest("a red circle", 0)], Sampling(num_inference_steps=3))
     return np.asarray(drawn).astype(int)
+
+
+def test_an_image_has_the_seed_that_it_always_had() -> None:
+    """In every release: candidates that were drawn before are those that would be drawn now."""
+    assert image_seed(0, "abc", 0) == 7423538370018057572
+    seeds = {image_seed(base, name, index) for base in (0, 1) for name in ("a", "b", "a 1") for index in range(3)}
+    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_an_image_is_drawn_from_its_own_seed_and_prompt_whatever_is_beside_it() -> None:
+    pipeline = load_pipeline(ImageModel(), device=CPU, dtype=torch.float32)
+    requests = [DrawRequest(f"a {colour} circle", seed) for colour, seed in (("red", 3), ("blue", 4), ("red", 5))]
+    sampling = Sampling(num_inference_steps=2)
+    together = [np.asarray(drawn).astype(int) for drawn in draw(pipeline, requests, sampling)]
+    alone = [np.asarray(draw(pipeline, [request], sampling)[0]).astype(int) for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert abs(one - other).max() <= 1
+    assert min(abs(alone[a] - alone[b]).max() for a, b in ((0, 1), (0, 2), (1, 2))) > 3
+    noise = torch.stack([torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in (3, 4, 5)])
+    prompts = [request.prompt for request in requests]
+    plain = pipeline(prompts, latents=noise, num_inference_steps=2, guidance_scale=sampling.guidance_scale).images
+    for one, other in zip(together, plain, strict=True):
+        assert abs(one - np.asarray(other).astype(int)).max() <= 1
 
 
 def test_a_lora_acts_as_strongly_as_asked(run: Path) -> None:

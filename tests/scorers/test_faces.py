@@ -113,6 +113,40 @@ def test_of_three_faces_the_policy_takes_one(kind: tuple[str, dict[str, object]]
     assert ask(make(kind, faces="single_only"), ONE, ONE)[1] == ""
 
 
+def test_a_face_is_where_it_is_in_an_image_that_is_no_square(kind: tuple[str, dict[str, object]]) -> None:
+    scorer = make(kind)
+    square = np.asarray(draw((8, 72, 0), (56, 24, 250)))
+    wide = np.zeros((128, 192, 3), np.uint8)
+    wide[:, 64:] = square
+    for pixels, left in ((square, 0), (wide, 64), (wide[:, ::-1].swapaxes(0, 1), None)):
+        faces = scorer.find(np.ascontiguousarray(pixels[:, :, ::-1]))
+        assert len(faces) == 2
+        if left is not None:
+            middles = sorted(((face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2) for face in faces)
+            assert middles[0] == pytest.approx((left + 8 + 8, 72 + 8), abs=10)
+            assert middles[1] == pytest.approx((left + 56 + 8, 24 + 8), abs=10)
+
+
+def test_the_area_is_the_share_of_the_image_that_the_box_covers() -> None:
+    def face(*box: float) -> Face:
+        return Face(box, 0.9, unit(np.ones(2)))
+
+    assert face(10, 20, 30, 60).area((200, 100)) == 20 * 40 / (200 * 100)
+    assert face(-10, -20, 30, 60).area((200, 100)) == 30 * 60 / (200 * 100)
+    assert face(150, 80, 250, 140).area((200, 100)) == 50 * 20 / (200 * 100)
+    assert face(250, 10, 300, 50).area((200, 100)) == face(10, 110, 30, 150).area((200, 100)) == 0
+    assert face(-9, -9, 300, 300).area((200, 100)) == 1
+
+
+def test_the_face_in_the_middle_of_a_wide_image() -> None:
+    middle, corner = Face((90, 40, 110, 60), 0.9, unit(np.ones(2))), Face((30, 30, 70, 70), 0.9, unit(np.ones(2)))
+    assert choose([corner, middle], "center", (200, 100)) is middle
+    assert choose([corner, middle], "center", (100, 100)) is corner
+    assert choose([corner, middle], "center", (200, 20)) is middle
+    low = Face((30, 130, 70, 170), 0.9, unit(np.ones(2)))
+    assert choose([corner, low], "center", (100, 300)) is low
+
+
 def test_a_reference_is_looked_at_once(kind: tuple[str, dict[str, object]], monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = make(kind)
     find, seen = type(scorer).find, []

@@ -174,6 +174,17 @@ def test_diversity_is_the_distance_to_the_nearest_and_the_mean(
     np.testing.assert_allclose(values["mean_lpips_squeeze"], table.mean(1), rtol=1e-4)
 
 
+def test_any_number_of_pairs_is_measured_each_by_itself(trunk: dict[str, Any], photos: list[Image.Image]) -> None:
+    model = _loaded(trunk)._model
+    assert model is not None
+    pairs = [(a, b) for a in range(4) for b in range(4)] * 3  # more than go through a layer at once
+    with torch.inference_mode():
+        found = model.distances(photos, pairs).tolist()
+        alone = {pair: model.distances(photos, [pair]).item() for pair in pairs}
+    assert found == pytest.approx([alone[pair] for pair in pairs], rel=1e-5)
+    assert len({round(value, 6) for value in found}) == 7  # four to themselves, and six distances
+
+
 def test_a_near_duplicate_stands_out(trunk: dict[str, Any], photos: list[Image.Image]) -> None:
     twin = photos[0].copy()
     twin.putpixel((3, 3), (255, 0, 0))
