@@ -60,17 +60,19 @@ MEMORY_BYTES = 24 * 2**30
 
 
 class Watch:
-    """A pytest plugin that notes how long every test takes and which lines of a file it reaches."""
+    """A pytest plugin that notes how long every test takes and which lines of some modules it reaches."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seconds, self.failed = str(path), dict[str, float](), list[str]()
-        self.lines: dict[str, set[int]] = collections.defaultdict(set)
-        self._now = self.lines[""]  # of no test in particular: what several may share
+    def __init__(self, repo: Path, modules: list[str]) -> None:
+        self.seconds, self.failed = dict[str, float](), list[str]()
+        self.lines: dict[str, dict[str, set[int]]] = {module: collections.defaultdict(set) for module in modules}
+        self._modules = {str(repo / module): module for module in modules}
+        self._now = ""  # no test in particular: what several may share
 
     def _trace(self, frame: Any, event: str, argument: Any) -> "Callable[..., Any] | None":
-        if frame.f_code.co_filename != self.path:
+        module = self._modules.get(frame.f_code.co_filename)
+        if module is None:
             return None
-        self._now.add(frame.f_lineno)
+        self.lines[module][self._now].add(frame.f_lineno)
         return self._trace
 
     def pytest_sessionstart(self) -> None:
@@ -79,9 +81,9 @@ class Watch:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        self._now = self.lines[item.nodeid]
+        self._now = item.nodeid
         yield
-        self._now = self.lines[""]
+        self._now = ""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0) + report.duration
@@ -118,21 +120,21 @@ class Bench:
         sys.path.insert(0, str(self.repo))
         self._imported: set[str] = set()
 
-    def baseline(self, module: str, files: list[str]) -> dict[str, Any]:
-        """Run the tests of a module as it is; return their seconds, their lines and the libraries that they load."""
+    def baseline(self, modules: list[str], files: list[str]) -> dict[str, Any]:
+        """Run the tests of modules as they are; return their seconds, their lines and the libraries that they load."""
 
         def work() -> dict[str, Any]:
-            watch = Watch(self.repo / module)
+            watch = Watch(self.repo, modules)
             self._pytest(files, watch)
             own = ("diffusion_dpo", "tests", "_pytest", "conftest", "__main__", "__mp_main__")
             libraries = [name for name in sys.modules if name.partition(".")[0] not in own]
-            lines = {name: sorted(found) for name, found in watch.lines.items()}
+            lines = {module: {name: sorted(some) for name, some in of.items()} for module, of in watch.lines.items()}
             return {"seconds": watch.seconds, "failed": watch.failed, "lines": lines, "libraries": libraries}
 
         found = self._child(work, 1800)
         if found is None or found["failed"] or not found["seconds"]:
             tail = "" if found else (self.folder / "log").read_text()[-2000:]
-            sys.exit(f"the tests of {module} do not pass as it is: {found['failed'] if found else tail}")
+            sys.exit(f"the tests of {modules} do not pass as they are: {found['failed'] if found else tail}")
         for name in found["libraries"]:
             if name not in self._imported:
                 self._imported.add(name)
@@ -197,8 +199,9 @@ class Bench:
 def reaching(mutant: Mutant, known: dict[str, Any]) -> list[str]:
     """Return the tests that reach a mutant, the fastest first; all where that cannot be told."""
     lines = set(range(mutant.first, mutant.last + 1))
-    names = [name for name, found in known["lines"].items() if name and lines & set(found)]
-    if not mutant.in_function or not names or lines & set(known["lines"][""]):
+    reached = known["lines"][mutant.file]
+    names = [name for name, found in reached.items() if name and lines & set(found)]
+    if not mutant.in_function or not names or lines & set(reached.get("", ())):
         names = list(known["seconds"])
     return sorted(names, key=lambda name: known["seconds"][name])
 
@@ -222,22 +225,24 @@ def modules_of(paths: list[str]) -> list[str]:
 def run(mutants: dict[str, list[tuple[str, Mutant]]], sources: dict[str, str], results: Path, seconds: float) -> None:
     """Try mutants by module until the time is up; append what became of each to the results."""
     end = time.monotonic() + seconds
+    groups: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
+    for module in mutants:
+        groups[tuple(tests_of(module))].append(module)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, results.open("a") as file:
         bench = Bench(Path(folder))
-        for module, todo in mutants.items():
-            files = tests_of(module)
-            known = bench.baseline(module, files)
+        for files, modules in groups.items():
+            known = bench.baseline(modules, list(files))
             limit = 30 + 5 * sum(known["seconds"].values())
-            for number, (key, mutant) in enumerate(todo):
+            for key, mutant in [one for module in modules for one in mutants[module]]:
                 if time.monotonic() > end:
                     return
-                start = time.monotonic()
-                outcome, test = bench.outcome(mutant, sources[module], reaching(mutant, known), limit)
+                source, start = sources[mutant.file], time.monotonic()
+                outcome, test = bench.outcome(mutant, source, reaching(mutant, known), limit)
                 spent = round(time.monotonic() - start, 2)
                 fact = {"key": key, "outcome": outcome, "test": test, "seconds": spent}
-                file.write(json.dumps(fact | {"mutant": mutant.words(sources[module])}) + "\n")
+                file.write(json.dumps(fact | {"mutant": mutant.words(source)}) + "\n")
                 file.flush()
-                print(f"{number + 1}/{len(todo)} {outcome:8} {mutant.words(sources[module])}", flush=True)
+                print(f"{outcome:8} {mutant.words(source)}", flush=True)
 
 
 def main() -> None:

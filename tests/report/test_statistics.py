@@ -83,6 +83,11 @@ def test_the_numbers_of_a_small_case() -> None:
     assert (result.mean_baseline, result.mean) == (0.5, 0.25)  # a missing partner leaves the pair out
     assert result.mean_difference == (0.5 - 1) / 2
     assert result.win_rate == (0.75 + 0) / 2  # prompts weigh the same, whatever their number of pairs
+    assert result.median_difference == -0.25
+    assert result.difference_std == pytest.approx(1.5 / math.sqrt(2))  # of a sample: over n - 1
+    assert result.win_rate_std == pytest.approx(0.75 / math.sqrt(2))
+    assert (result.name, result.model, result.category, result.role) == ("score", "model", "", "held_out")
+    assert result.higher_is_better and not result.auxiliary
 
 
 def test_seeds_of_a_prompt_are_not_independent_evidence() -> None:
@@ -115,13 +120,24 @@ def test_nothing_scored_one_prompt_and_equal_differences_give_no_nan() -> None:
     empty = paired_statistics(np.full((3, 2), np.nan), np.zeros((3, 2)))
     assert (empty.mean_difference, empty.mean_difference_interval, empty.win_rate) == (None, None, None)
     assert empty.num_missing == 6
+    assert empty.median_difference is empty.difference_std is empty.win_rate_std is empty.p_value is None
     single = paired_statistics(np.zeros((1, 2)), np.ones((1, 2)))
     assert single.mean_difference == 1 and single.mean_difference_interval is None
+    assert single.difference_std is single.win_rate_std is single.p_value is None
     assert single.win_rate_interval is not None and single.win_rate_interval[1] == 1
     equal = paired_statistics(np.zeros((9, 1)), np.full((9, 1), 0.25))
     assert equal.mean_difference_interval == (0.25, 0.25)
     for result in (empty, single, equal):
         assert "NaN" not in result.model_dump_json()
+
+
+def test_of_many_prompts_the_mean_interval_is_that_of_the_normal_distribution() -> None:
+    """19 in 20: 1.96 standard errors either way, which 1.88 (94 %) or 2.05 (96 %) are not."""
+    values = np.random.default_rng(7).normal(3.0, 2.0, 2000)
+    error = values.std(ddof=1) / math.sqrt(2000)
+    low, high = mean_interval(values) or (math.nan, math.nan)
+    assert (high - values.mean()) / error == pytest.approx(1.96, abs=0.04)
+    assert (values.mean() - low) / error == pytest.approx(1.96, abs=0.04)
 
 
 def test_the_mean_interval_covers_the_truth_19_times_in_20() -> None:
@@ -163,12 +179,19 @@ def test_few_changed_prompts_among_ties_decide_only_where_a_sign_test_does(num_c
         assert win_rate_interval(np.sign(changes)[:, None])[0] <= 0.5
 
 
-@pytest.mark.parametrize("wins,losses", [(4, 0), (6, 0), (9, 2), (11, 3), (40, 24), (41, 23)])
+@pytest.mark.parametrize("wins,losses", [(4, 0), (6, 0), (9, 2), (9, 3), (11, 3), (40, 24), (41, 23)])
 def test_the_sign_flip_test_of_wins_and_losses_is_the_sign_test(wins: int, losses: int) -> None:
     values = np.array([1.0] * wins + [-1.0] * losses + [0.0] * 50)
     expected = stats.binomtest(wins, wins + losses).pvalue
     assert sign_flip_p(values) == pytest.approx(expected, abs=1e-12 if wins + losses <= 12 else 0.008)
     assert sign_flip_p(-values) == sign_flip_p(values)
+
+
+def test_up_to_12_changes_are_counted_out_and_of_more_10_000_signs_are_looked_at() -> None:
+    assert sign_flip_p(np.ones(12)) == 2 / 2**12
+    assert sign_flip_p(np.ones(40)) == 1 / 10_000  # the observed signs, and none of 9,999 others
+    assert sign_flip_p(np.ones(13)) in [count / 10_000 for count in range(1, 10)] != 2 / 2**13
+    assert sign_flip_p(np.zeros(3)) == 1
 
 
 def test_few_prompts_that_all_agree_do_not_exclude_no_effect() -> None:
@@ -211,6 +234,7 @@ def test_the_signed_rank_test_is_scipys_and_ignores_ties() -> None:
     assert wilcoxon_p(np.append(values, np.zeros(9))) == stats.wilcoxon(values).pvalue
     assert wilcoxon_p(np.zeros(9)) == 1 and wilcoxon_p(np.ones(1)) is None
     assert wilcoxon_p(-values) == wilcoxon_p(values)
+    assert wilcoxon_p(np.array([1.0, 2.0])) == 0.5 and wilcoxon_p(np.array([])) is None
 
 
 def test_holm_multiplies_the_smallest_most_and_keeps_the_order() -> None:
@@ -231,8 +255,23 @@ def test_as_many_prompts_as_are_said_to_be_needed_show_it_four_times_in_five(win
     intervals = [win_rate_interval(outcomes(needed)) for _ in range(300)]
     assert 0.7 <= np.mean([low > 0.5 or high < 0.5 for low, high in intervals]) <= 0.88
     assert prompts_needed(win_rate) > needed and prompts_needed(0.9) == 20
-    with pytest.raises(ValueError, match="must lie between 0 and 1"):
-        prompts_needed(0.5)
+
+
+@pytest.mark.parametrize("win_rate", [0.6, 0.42, 0.55])
+@pytest.mark.parametrize("spread", [None, 0.3])
+def test_the_prompts_needed_are_those_of_the_text_book(win_rate: float, spread: float | None) -> None:
+    """A share against one half, two-sided at 5 %, power 80 %; another spread between prompts scales both terms."""
+    binomial = math.sqrt(win_rate * (1 - win_rate))
+    exact = ((1.959964 * 0.5 + 0.841621 * binomial) * (spread or binomial) / binomial / (win_rate - 0.5)) ** 2
+    assert prompts_needed(win_rate, spread) == math.ceil(exact)
+
+
+def test_for_no_win_rate_but_those_there_is_a_number_of_prompts() -> None:
+    assert prompts_needed(0.6) == 194
+    assert prompts_needed(0.9) == prompts_needed(0.1) == prompts_needed(0.51, 0.001) == 20
+    for win_rate in (0.0, 1.0, 0.5, -0.1, 1.1):
+        with pytest.raises(ValueError, match="must lie between 0 and 1"):
+            prompts_needed(win_rate)
 
 
 def test_metrics_are_corrected_together_model_by_model_and_categories_are_divided() -> None:
@@ -249,6 +288,19 @@ def test_metrics_are_corrected_together_model_by_model_and_categories_are_divide
     assert whole.p_holm == pytest.approx(2 * whole.p_value) and animal.p_holm is None
     assert all((it.p_holm is None) == (it.auxiliary or bool(it.category)) for it in results)
     assert len(results) == 6 + 2 * 6 and len(summarise_all(scores, ["all"] * 20)) == 6
+    assert len(summarise_all(scores, [""] * 5 + ["scene"] * 15)) == 6 + 6, "what has no category is in the whole alone"
+    assert summarise_all([], []) == []
+    assert [it.auxiliary for it in results[:3]] == [False, False, True]
+
+
+def test_a_metric_plays_its_role_for_each_model() -> None:
+    base = np.zeros((3, 1))
+    metric = MetricScores("x", "held_out", False, {BASELINE: base, "a": base, "b": base}, roles={"b": "trained_on"})
+    found = summarise_all([metric], [""] * 3)
+    assert [(it.model, it.role, it.higher_is_better, it.auxiliary) for it in found] == [
+        ("a", "held_out", False, False),
+        ("b", "trained_on", False, False),
+    ]
 
 
 def test_plain_lists_are_scores_and_other_shapes_are_refused() -> None:
@@ -256,3 +308,5 @@ def test_plain_lists_are_scores_and_other_shapes_are_refused() -> None:
     assert (result.wins, result.ties, result.losses, result.mean_difference) == (1, 1, 1, 0)
     with pytest.raises(ValueError, match=r"not \(2,\) and \(3,\)"):
         paired_statistics([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match=r"not \(2, 1, 1\) and \(2, 1, 1\)"):
+        paired_statistics(np.zeros((2, 1, 1)), np.zeros((2, 1, 1)))
