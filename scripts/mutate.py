@@ -42,7 +42,7 @@ CORE = {
     "training/errors.py": ["training/test_errors.py", "losses/test_weighting.py"],
     "training/batches.py": ["training/test_batches.py"],
     "training/averaging.py": ["training/test_averaging.py"],
-    "training/reference.py": ["training/test_reference.py"],
+    "training/reference.py": ["training/test_reference_errors.py", "training/test_reference.py"],
     "training/evaluation.py": ["training/test_evaluation.py", "training/test_shapes.py"],
     "data/order.py": ["data/test_order.py"],
     "data/cache.py": ["data/test_cache.py"],

@@ -1,5 +1,6 @@
 """The latent cache gives back what the encoders made, survives being cut off, and is not used for other inputs."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -136,9 +137,16 @@ def test_a_second_build_encodes_nothing_and_a_damaged_file_alone_is_made_again(t
     assert counting.images_seen == 20
     damaged = sorted(tmp_path.rglob("pairs-*.safetensors"))[1]
     damaged.write_bytes(files[damaged][:-7])
+    said = capsys.readouterr().out
+    assert "cache: encoding 10 pairs and 4 prompts at 32 px into" in said
+    assert "cache: 10 pairs at 32 px are encoded already in" in said
     build(tmp_path, pairs, counting.make())
     assert counting.images_seen == 28
-    assert "is damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is damaged" in said and "encoding 4 pairs and 0 prompts" in said
+    sorted(tmp_path.rglob("pairs-*.safetensors"))[2].unlink()
+    build(tmp_path, pairs, counting.make())
+    assert "encoding 2 pairs and 0 prompts" in capsys.readouterr().out  # the last file is not full
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == files
 
 
@@ -158,7 +166,10 @@ def test_an_interrupted_build_keeps_its_whole_files(tmp_path: Path, monkeypatch:
     assert counting.images_seen == 12 + 12
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "resolution", "dtype", "pairs", "flip"])
+@pytest.mark.parametrize(
+    "change",
+    ["fingerprint", "resolution", "dtype", "pairs", "order", "image", "prompt", "flip", "buckets", "channels"],
+)
 def test_other_inputs_get_another_cache(tmp_path: Path, change: str):
     pairs, encoders = make_pairs(4), CountingEncoders().make()
     build(tmp_path, pairs, encoders)
@@ -168,10 +179,39 @@ def test_other_inputs_get_another_cache(tmp_path: Path, change: str):
         encoders = replace(encoders, dtype=torch.float16)
     elif change == "pairs":
         pairs = pairs[1:]
+    elif change == "order":
+        pairs = pairs[::-1]
+    elif change == "image":
+        pairs[2] = replace(pairs[2], rejected=photo_of(40, 40, 1))
+    elif change == "prompt":
+        pairs[2] = replace(pairs[2], prompt="another prompt")
+    elif change == "channels":
+        encoders = replace(encoders, latent_channels=4, images=lambda images, noise: noise)
     elif change == "resolution":
         encoders = replace(encoders, resolution_px=64, images=lambda images, noise: noise)
-    build(tmp_path, pairs, encoders, random_flip=change == "flip")
+    settings = {"bucket_step_px": 8} if change == "buckets" else {}
+    build(tmp_path, pairs, encoders, random_flip=change == "flip", **settings)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_of_an_earlier_release_is_found_and_laid_out_as_it_was():
+    """Whoever changes one of these makes the users' caches unreadable, unless the version in the facts changes too."""
+    data, encoders = survey(Pairs(pairs=make_pairs(2))), CountingEncoders().make()
+    facts = cache.facts_of(data, encoders, [(SIDE, SIDE), (48, 16)], random_flip=False)
+    assert facts == {
+        "format": "2",
+        "encoders": "f",
+        "dtype": "float32",
+        "resolution_px": "32",
+        "buckets_px": "32x32 48x16",
+        "latents": "3 channels, 1/8 of the side",
+        "mirrored": "as they are",
+        "data": data.fingerprint,
+    }
+    name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    assert cache.folder_of(Path("root"), facts) == Path("root") / name
+    assert (cache.PAIRS_PER_FILE, cache.PROMPTS_PER_FILE) == (256, 1024)
+    assert (cache.pairs_file(3), cache.prompts_file(3)) == ("pairs-00003.safetensors", "prompts-00003.safetensors")
 
 
 def test_masks_are_cropped_shrunk_and_mirrored_like_their_images(tmp_path: Path):

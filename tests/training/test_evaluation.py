@@ -14,6 +14,7 @@ from diffusion_dpo.config import load
 from diffusion_dpo.data import PairSource, PreferencePair
 from diffusion_dpo.data.collect import collect
 from diffusion_dpo.models import DiffusionModel, LoadedModel
+from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import Run
 from diffusion_dpo.training.errors import denoising_errors
@@ -200,6 +201,30 @@ def test_before_training_a_real_model_ties_as_well_and_after_it_does_not(
     large = replace(held_out(run), batch_size=24, _reference={}).evaluate(model)
     for name, value in first.items():
         assert large[name] == pytest.approx(value, rel=1e-2, abs=1e-6), name
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_processes_measure_every_cell_once_between_them(tmp_path: Path, count: int):
+    run = prepared(tmp_path, "loss.beta=100")
+    shift(run, seed=1)
+    tables: list[torch.Tensor] = []
+
+    class Rank(Processes):
+        def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+            tables.append(tensor.clone())
+            return tensor
+
+    held = replace(held_out(run), batch_size=24, _reference={})
+    held.evaluate(run.model, Rank())
+    predicted = []
+    for rank in range(count):
+        share = replace(held, _reference={})
+        share.evaluate(run.model, Rank(rank, count))
+        predicted.append(len(share._reference))
+    torch.testing.assert_close(sum(tables[1:]), tables[0])
+    written = [table[:3].ne(0).any(0).any(1) for table in tables]
+    assert written[0].all() and sum(mask.int() for mask in written[1:]).eq(1).all()
+    assert set(predicted) <= {len(held._parts) // count, -(-len(held._parts) // count)}
 
 
 def test_errors_are_those_of_every_pair_at_the_middles_of_the_schedule(tmp_path: Path):
