@@ -97,7 +97,7 @@ def test_a_block_without_a_type_is_of_the_default_type(tmp_path: Path) -> None:
 def test_a_new_type_replaces_the_whole_block_whatever_the_order(order: int, tmp_path: Path) -> None:
     path = write(tmp_path, "data: {type: hub, path: owner/name, max_rows: 5}")
     config = load(TrainConfig, path, ["data.type=pickapic", "data.path=mine"][::order])
-    assert config.data.model_dump() == {"type": "pickapic", "path": Path("mine"), "ties": "drop"}
+    assert config.data.model_dump() == {"type": "pickapic", "path": Path("mine"), "split": None, "ties": "drop"}
 
 
 @pytest.mark.parametrize("text", ["data: {path: mine}", "data: {type: pairs, path: mine}"])

@@ -127,7 +127,7 @@ KINDS = {
     metadata_folder: [
         "data.type=folder",
         "pairs 1",
-        "1 x chosen: the file name leaves the folder (metadata.jsonl line 2)",
+        "1 x chosen: the file name leaves the folder (metadata.jsonl line 2: ../a.jpg)",
         "next: diffusion-dpo train data.type=folder 'data.path=",
     ],
     photo_folder: [

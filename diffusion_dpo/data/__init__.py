@@ -87,6 +87,10 @@ class PairSource(Plugin):
         """
         return None
 
+    def left_out(self) -> list[str]:
+        """Return what of the path `read` passes over, a line each: rows of other splits, files that are not read."""
+        return []
+
     def labelled_by(self) -> tuple[str, ...]:
         """Return the metrics that decided which image is chosen; () when people did, or when it is not known."""
         return ()

@@ -1,6 +1,6 @@
 """Rows of any table to pairs, by its columns: a better and a worse image, or two and what says which is better."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 
 from diffusion_dpo.data import Dropped, PreferencePair
 from diffusion_dpo.data.counts import num_votes_of, share_of_counts, share_of_shares
-from diffusion_dpo.data.folder import read_inside
 from diffusion_dpo.data.holding import ROWS
 from diffusion_dpo.data.images import BrokenImage, Unusable, image_bytes
+from diffusion_dpo.data.inside import read_inside
 from diffusion_dpo.data.labels import Labels, Meaning
 from diffusion_dpo.data.layout import Pair, identity_columns
 from diffusion_dpo.data.rows import Ties, each_of, make_labelled_pair, make_pair, number, origin_of
@@ -59,13 +59,22 @@ def is_text(file: Path) -> bool:
     return file.suffix.lower() in ROWS
 
 
+def _read_text(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield where it is, and the row, or why it is none that has the keys, of every row of a file of text."""
+    from diffusion_dpo.data import records
+
+    for where, row in records.read_file(file):
+        missing = [key for key in keys if key not in row] if isinstance(row, dict) else []
+        yield where, f"no {missing[0]!r}" if missing else row
+
+
 def count_rows(file: Path, columns: Columns) -> int:
     """Return the number of pairs and dropped rows that a file yields, without looking at images."""
-    from diffusion_dpo.data import records, shards
+    from diffusion_dpo.data import shards
 
     if not is_text(file):
         return shards.num_rows(file, columns.images if columns.decides == "order" else ())
-    rows = (row for _, row in records.read_records(file, columns.required))
+    rows = (row for _, row in _read_text(file, columns.required))
     if columns.decides != "order":
         return sum(1 for _ in rows)
     return sum(len(list(each_of("", *map(row.get, columns.images)))) if isinstance(row, dict) else 1 for row in rows)
@@ -73,11 +82,11 @@ def count_rows(file: Path, columns: Columns) -> int:
 
 def read_labels_of(file: Path, columns: Columns) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
     """Yield every label of a file, and what its row calls the two images; no image is read."""
-    from diffusion_dpo.data import records, shards
+    from diffusion_dpo.data import shards
 
     assert columns.label is not None
     if is_text(file):
-        for _, row in records.read_records(file, [columns.label]):
+        for _, row in _read_text(file, [columns.label]):
             if isinstance(row, dict):
                 yield row[columns.label], [(row[first], row[second]) for first, second in columns.names(row)]
         return
@@ -158,10 +167,10 @@ def _with_facts(pair: PreferencePair, row: dict[str, Any], columns: Columns, *, 
 
 
 def _rows(file: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    from diffusion_dpo.data import records, shards
+    from diffusion_dpo.data import shards
 
     if is_text(file):
-        for where, row in records.read_records(file, columns.required):
+        for where, row in _read_text(file, columns.required):
             yield where, row if isinstance(row, str) else row | _images(file.parent, row, columns)
         return
     names = [name for pair in columns.names(shards.column_names(file)) for name in pair]

@@ -19,16 +19,14 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.captions import CAPTION_SUFFIXES, Captions
 from diffusion_dpo.data.embedded import Embedded, Made, read_embedded
-from diffusion_dpo.data.folder import read_inside
+from diffusion_dpo.data.image_kinds import DECODED
 from diffusion_dpo.data.images import BrokenImage, image_bytes
+from diffusion_dpo.data.inside import read_inside
 from diffusion_dpo.data.left_out import describe, is_own, sort_out
 from diffusion_dpo.data.listing import Listing, list_files
 from diffusion_dpo.data.shards import CANDIDATES, column_names, located_rows, num_rows
 from diffusion_dpo.data.tables import prompt_value, text_column
 
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".pjpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".apng"),
-)
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
 """What a column of images is called in Parquet; the first that is there counts."""
 _FILES_PER_UNIT = 64
@@ -147,7 +145,7 @@ def find_candidates(path: Path, prompt_column: str | None = None) -> Found:
     """Return the images of a path in a stable order, and what else lies there.
 
     Prompts of images that are not ours are in the `prompt_column` of Parquet or of a folder's metadata; null takes
-    the first of tables.PROMPT_COLUMNS that is there. Image files beside Parquet with images are not read. Raises
+    the first of columns.PROMPT that is there. Image files beside Parquet with images are not read. Raises
     ConfigError when there are no images.
     """
     if not path.exists():
@@ -156,7 +154,7 @@ def find_candidates(path: Path, prompt_column: str | None = None) -> Found:
     names = listing.files if path.is_dir() else (path.name,)
     tables = [name for name in names if name.endswith(".parquet") and not is_own(name)]
     with_images = [name for name in tables if image_column(column_names(listing.root / name))]
-    images = [name for name in names if splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    images = [name for name in names if splitext(name)[1].lower() in DECODED]
     if with_images:
         unit_names, root = _unit_names(with_images), listing.root
         units = [
@@ -195,7 +193,7 @@ def _no_images(path: Path, tables: Sequence[str], left_out: Mapping[str, Sequenc
         file = path / tables[0] if path.is_dir() else path
         return f"{file} has no column 'image'. It has: {', '.join(column_names(file)) or 'none'}"
     held = f"; it holds {describe(left_out)}" if left_out else ""
-    return f"{path} holds neither Parquet files nor images ({', '.join(IMAGE_SUFFIXES)}){held}"
+    return f"{path} holds neither Parquet files nor images ({', '.join(DECODED)}){held}"
 
 
 def _unit_names(files: list[str]) -> dict[str, str]:

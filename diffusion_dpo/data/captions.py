@@ -4,11 +4,12 @@ import json
 from posixpath import dirname, join, splitext
 from typing import Any
 
+from diffusion_dpo.data import columns
 from diffusion_dpo.data.embedded import Embedded, read_caption
-from diffusion_dpo.data.folder import read_inside
+from diffusion_dpo.data.inside import read_inside
 from diffusion_dpo.data.listing import Listing
-from diffusion_dpo.data.records import read_records
-from diffusion_dpo.data.tables import PROMPT_COLUMNS, prompt_value, read_table, text_column
+from diffusion_dpo.data.records import read_rows
+from diffusion_dpo.data.tables import prompt_value, text_column
 from diffusion_dpo.data.text import decode_text
 
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -81,8 +82,8 @@ class Captions:
         """Take the prompts of a file with metadata; return whether it has such."""
         is_used = False
         file = self.root / name
-        known = (*_FILE_NAMES, *PROMPT_COLUMNS, *([self._column] if self._column else []))
-        for _, entry in read_table(file) if file.suffix == ".csv" else read_records(file, (), known):
+        known = (*_FILE_NAMES, *columns.PROMPT, *([self._column] if self._column else []))
+        for _, entry in read_rows(file, known):
             if not isinstance(entry, dict):
                 continue
             key = next((it for it in _FILE_NAMES if isinstance(entry.get(it), str)), "")

@@ -64,6 +64,8 @@ def collect(
     if not len(found):
         why = f"all {total} rows were dropped:\n" + "\n".join(lines) if total else "it has no rows"
         raise ConfigError(f"no pairs are left of {name}: {why}")
+    for line in source.left_out():
+        say(f"left out: {line}")
     say(f"{len(found)} pairs of {total} rows of {name}" + (", as indexed before" if indexed else ""))
     if lines:
         tell = warn if any(drop.broken for drop in dropped) else say

@@ -10,22 +10,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data.columns import spelling
 from diffusion_dpo.files import read_manifest
 
 ROWS = (".jsonl", ".json", ".csv", ".tsv")
 """Suffixes of text files that hold rows."""
-METADATA = tuple(f"metadata{suffix}" for suffix in ROWS)
-"""The names under which the rows of a folder of images are found, the first that is there."""
-_MOST_FILES = 20_000
+METADATA = "metadata"
+"""The name, without its suffix, of the file with the rows of a folder of images."""
+_MOST_ENTRIES = 200_000
 _FIRST_ROWS = 10
-_NOT_ROWS = (
-    "manifest.json",
-    "captions.jsonl",
-    "captions.json",
-    "environment.json",
-    "metrics.jsonl",
-    "dataset_info.json",
-)
+_MOST_TABLES = 8
+_NOT_ROWS = {"manifest.json", "captions.jsonl", "environment.json", "metrics.jsonl", "dataset_info.json", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +34,15 @@ class Table:
     def is_text(self) -> bool:
         """Whether the rows are JSON or CSV, which name image files, and hold none."""
         return self.files[0].suffix.lower() in ROWS
+
+    @property
+    def is_metadata(self) -> bool:
+        """Whether the files are called as those of a folder of images are."""
+        return self.files[0].stem == METADATA
+
+    def has(self, *keys: str) -> bool:
+        """Whether all of these columns are there, under one of their names."""
+        return all(spelling(key, self.columns) for key in keys)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Holding:
     def is_text(self) -> bool:
         """Whether the rows in question are JSON or CSV."""
         return self.table is not None and self.table.is_text
+
+    def has(self, *keys: str) -> bool:
+        """Whether the rows in question have all of these columns, under one of their names (`columns.spellings`)."""
+        return self.table is not None and self.table.has(*keys)
 
     @cached_property
     def suffixes(self) -> Counter[str]:
@@ -105,14 +113,14 @@ def look_into(path: Path) -> Holding:
         raise ConfigError(f"there is no file or folder {path}; name one")
     if path.is_file():
         return Holding(path, path.parent, (PurePosixPath(path.name),))
-    return Holding(path, path, tuple(sorted(_walk(path))))
+    return Holding(path, path, tuple(sorted(islice(walk(path), _MOST_ENTRIES))))
 
 
-def _walk(root: Path) -> Iterator[PurePosixPath]:
-    """Yield visible files, those of upper folders first: all of the root, and of what is below until they are many."""
-    level, found = [root], 0
-    while level and found < _MOST_FILES:
-        below = []
+def walk(root: Path) -> Iterator[PurePosixPath]:
+    """Yield the visible files below a folder, those of upper folders first; links to folders are not followed."""
+    level = [root]
+    while level:
+        below: list[Path] = []
         for folder in level:
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -123,11 +131,8 @@ def _walk(root: Path) -> Iterator[PurePosixPath]:
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     below.append(Path(entry.path))
-                elif entry.is_file():
-                    found += 1
+                elif not (entry.is_symlink() and os.path.isdir(entry.path)):
                     yield PurePosixPath(Path(entry.path).relative_to(root).as_posix())
-            if found >= _MOST_FILES:
-                return
         level = below
 
 
@@ -140,27 +145,36 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _tables(found: Holding) -> Iterator[Table]:
-    """Yield metadata files, then Parquet, then what else may hold rows."""
-    from diffusion_dpo.data.shards import column_names
+    """Yield metadata files, then tar files, Parquet and Arrow, then other text files that hold rows."""
+    from diffusion_dpo.data.shards import column_names, tables_by_kind
 
     text = [file for file in found.paths(*ROWS) if file.name not in _NOT_ROWS]
-    metadata = [file for file in text if file.name in METADATA]
-    if metadata:
-        yield Table(tuple(metadata), _keys(metadata[0]))
-    parquet = [file for file in found.paths(".parquet") if not file.name.startswith("scores-")]
-    if parquet:
-        yield Table(tuple(parquet), frozenset(column_names(parquet[0])))
-    for file in text if found.path.is_file() else [it for it in text if it.parent == found.root][:_FIRST_ROWS]:
-        if file not in metadata:
-            yield Table((file,), _keys(file))
+    named = [file for file in (*text, *found.paths(".parquet")) if file.stem == METADATA]
+    beside = [file for file in named if file.parent == found.root]
+    for suffix in (*ROWS, ".parquet"):
+        files = tuple(file for file in beside or named if file.suffix.lower() == suffix)
+        if files:
+            columns = column_names(files[0]) if suffix == ".parquet" else _keys(files[0])
+            yield Table(files, frozenset(columns))
+    rest = (found.root / file for file in found.files if not file.name.startswith("scores-"))
+    for some in tables_by_kind(file for file in rest if file.stem != METADATA):
+        yield Table(tuple(some), frozenset(column_names(some[0])))
+    above = [file for file in text if file.parent == found.root and file not in named][:_MOST_TABLES]
+    yield from _alike({file: _keys(file) for file in above})
+
+
+def _alike(keys: dict[Path, frozenset[str]]) -> Iterator[Table]:
+    """Yield text files, those with the same suffix and the same keys as one table."""
+    for kind in dict.fromkeys((file.suffix.lower(), found) for file, found in keys.items() if found):
+        yield Table(tuple(file for file, found in keys.items() if (file.suffix.lower(), found) == kind), kind[1])
 
 
 def _keys(file: Path) -> frozenset[str]:
     """Return the keys of the first rows of a text file, empty when it holds none."""
-    from diffusion_dpo.data.records import read_records
+    from diffusion_dpo.data.records import read_file
 
     try:
-        rows = list(islice(read_records(file, ()), _FIRST_ROWS))
-    except ConfigError:
+        rows = list(islice(read_file(file), _FIRST_ROWS))
+    except (ConfigError, OSError):
         return frozenset()
     return frozenset(key for _, row in rows if isinstance(row, dict) for key in row)

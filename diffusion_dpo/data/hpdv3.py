@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PreferencePair
-from diffusion_dpo.data.holding import Holding
-from diffusion_dpo.data.records import RecordData, read_records
+from diffusion_dpo.data.records import Record, RecordData
 from diffusion_dpo.data.rows import is_number, make_pair, origin_of
 
 _IMAGES = ("path1", "path2")
@@ -21,15 +20,12 @@ class HPDv3Data(RecordData):
     """
 
     noun: ClassVar[str] = "pairs in the columns of HPDv3"
+    keys = ("prompt", *_IMAGES)
+    numbers = ("confidence",)
 
     soft_labels: bool = False
     """Take `confidence`, from 0.5 to 1, as the probability that the first image is better. Off, because nobody said
     that HPDv3's own is one, and it is null in parts of the data."""
-
-    @classmethod
-    def recognise(cls, found: Holding) -> dict[str, Any] | None:
-        """See PairSource."""
-        return {} if found.columns >= {"prompt", *_IMAGES} else None
 
     @property
     def lineage(self) -> frozenset[str]:
@@ -38,22 +34,23 @@ class HPDv3Data(RecordData):
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row."""
-        for where, entry in read_records(self.path, ("prompt", *_IMAGES), _OPTIONAL):
-            yield Dropped(where, entry) if isinstance(entry, str) else self._read_row(where, entry)
+        for record in self.records(_OPTIONAL):
+            yield Dropped(record.where, record.fault) if record.fault else self._read_row(record)
 
     def stamp(self) -> str:
         """Return the state of the rows and of every file that they name."""
         return self.stamp_of_files(_IMAGES)
 
-    def _read_row(self, where: str, entry: dict[str, Any]) -> PreferencePair | Dropped:
+    def _read_row(self, record: Record) -> PreferencePair | Dropped:
+        where, entry = record.where, record.values
         confidence: Any = entry.get("confidence")
         if confidence is not None and not is_number(confidence):
             return Dropped(where, "the confidence is not a number")
         if self.soft_labels and (confidence is None or not 0.5 <= confidence <= 1):
             return Dropped(where, "no confidence" if confidence is None else "the confidence is not between 0.5 and 1")
-        images = self.images(entry, _IMAGES)
-        if isinstance(images, str):
-            return Dropped(where, images)
+        images = self.images(record, _IMAGES)
+        if isinstance(images, Dropped):
+            return images
         label_prob = float(confidence) if self.soft_labels else 1.0
         pair = make_pair(where, entry["prompt"], *images, source="hpdv3", label_prob=label_prob)
         if isinstance(pair, Dropped):

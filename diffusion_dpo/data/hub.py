@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
@@ -17,9 +17,9 @@ from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.labels import Labels, Meaning, read_labels
 from diffusion_dpo.data.layout import find_settings
 from diffusion_dpo.data.rows import Ties
+from diffusion_dpo.data.splits import describe, select
 from diffusion_dpo.data.stamps import stamp_of
 
-_SPLITS = ("train", "test", "validation", "val", "dev")
 Two = tuple[str, str]
 
 
@@ -36,8 +36,8 @@ class HubData(PairSource):
     """A local Parquet file or folder, or the id of a data set on the hub, `owner/name`."""
     revision: str | None = None
     """Branch, tag or commit on the hub; `refs/convert/parquet` for a data set that is not stored as Parquet."""
-    split: str = "train"
-    """Which files to read, by their names: train-00000-of-00002.parquet, train/0000.parquet."""
+    split: str | None = None
+    """train, validation, test, or another that names of files and folders speak of; all; null: train of several."""
     max_rows: int | None = Field(None, ge=1)
     """Read only the first so many rows, and download only the files that hold them; null reads all."""
     prompt_column: str = "prompt"
@@ -110,6 +110,16 @@ class HubData(PairSource):
         """Return the state of the files that `read` will need; the local path of a hub file names its commit."""
         return stamp_of(file for file, _ in self._needed_files())
 
+    def left_out(self) -> list[str]:
+        """See PairSource; of what is on the hub, no file that is left out is downloaded to count its rows."""
+        from diffusion_dpo.data import shards
+
+        local = Path(self.path)
+        if not local.is_dir():
+            return []
+        left = select(shards.parquet_files(local), self.split, local)[1]
+        return describe(left, (shards.num_rows(file) for files in left.values() for file in files), local)
+
     def _needed_files(self) -> Iterator[tuple[Path, int]]:
         """Yield every file that holds one of the first `max_rows` rows, and its number of rows."""
         total, columns = 0, self._columns()
@@ -161,8 +171,7 @@ class HubData(PairSource):
         if local.is_file():
             yield local
         elif local.is_dir():
-            names = [file.relative_to(local).as_posix() for file in shards.parquet_files(local)]
-            yield from (local / name for name in _of_split(names, self.split, self.path))
+            yield from select(shards.parquet_files(local), self.split, local)[0]
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
             yield from _hub_files(self.path, self.revision, self.split)
         else:
@@ -187,19 +196,7 @@ def _say_smoothing(path: str) -> None:
     say(f"{path}: the label probability of a pair is (votes for its better image + 1) / (all its votes + 2)")
 
 
-def _of_split(names: list[str], split: str, data_set: str) -> list[str]:
-    """Return the files of a split; all of them when no file name speaks of a split."""
-
-    def splits(name: str) -> set[str]:
-        return {word for part in PurePosixPath(name).parts for word in re.split(r"[-_.]", part)}
-
-    chosen = [name for name in names if split in splits(name)]
-    if chosen or not any(splits(name) & set(_SPLITS) for name in names):
-        return chosen or names
-    raise ConfigError(f"{data_set} has no Parquet file of the split {split!r}; its files: {', '.join(names[:5])}")
-
-
-def _hub_files(repo_id: str, revision: str | None, split: str) -> Iterator[Path]:
+def _hub_files(repo_id: str, revision: str | None, split: str | None) -> Iterator[Path]:
     """Yield the files of a data set on the hub, each one downloaded (or found in the cache) when it is asked for."""
     import huggingface_hub as hub
     from huggingface_hub import errors
@@ -214,8 +211,8 @@ def _hub_files(repo_id: str, revision: str | None, split: str) -> Iterator[Path]
             say(f"offline: using the {len(names)} files of {repo_id} that are in the cache")
         if not names:
             raise ConfigError(f"{repo_id} holds no Parquet file; try data.revision=refs/convert/parquet")
-        for name in _of_split(sorted(names), split, repo_id):
-            yield Path(hub.hf_hub_download(repo_id, name, **where))
+        for file in select([Path(repo_id) / name for name in sorted(names)], split, Path(repo_id))[0]:
+            yield Path(hub.hf_hub_download(repo_id, file.relative_to(repo_id).as_posix(), **where))
     except (OSError, errors.HTTPError, errors.HFValidationError) as error:
         raise ConfigError(_explain(repo_id, revision, error)) from error
 

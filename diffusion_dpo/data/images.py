@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import ExifTags, Image, ImageOps
 
+from diffusion_dpo.data.image_kinds import undecoded
+
 MAX_PIXELS = 100_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 """What is decoded. Pillow knows dozens more, some of which start other programs."""
@@ -190,6 +192,9 @@ def _explain(data: bytes, error: Exception) -> str:
     head = data[:256].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "a web page or SVG, not an image file"
+    name = undecoded(data)
+    if name:
+        return f"{name}, which is not decoded here; convert it to PNG or JPEG"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image file"
     return "truncated image file" if "truncated" in str(error).lower() else "damaged image file"

@@ -6,12 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from posixpath import basename, splitext
 
 from diffusion_dpo.data.captions import Captions
+from diffusion_dpo.data.image_kinds import NOT_DECODED
 from diffusion_dpo.data.listing import Listing
 
-_NOT_DECODED = (
-    *(".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jpx", ".psd", ".dng", ".cr2", ".nef", ".exr", ".hdr"),
-    ".svg",
-)
 _OWN = re.compile(r"scores-.*\.(json|parquet)|manifest\.json|thumbs\.db|desktop\.ini", re.IGNORECASE)
 """Files that are no one's images: what `score` writes beside them, and what file managers do."""
 _NAMES_SHOWN = 3
@@ -49,7 +46,7 @@ def some(names: Sequence[str]) -> str:
 
 def _kind(name: str) -> str:
     suffix = splitext(name)[1].lower()
-    if suffix in _NOT_DECODED:
+    if suffix in NOT_DECODED:
         return f"{suffix}, which is not decoded here (convert it to PNG or JPEG)"
     if suffix == ".parquet":
         return ".parquet without images"

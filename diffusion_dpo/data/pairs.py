@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data import Dropped, PreferencePair
+from diffusion_dpo.data.columns import spelled_rows
 from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.layout import find_settings
 from diffusion_dpo.data.rows import each_of, make_pair, number
-from diffusion_dpo.data.stamps import stamp_of
+from diffusion_dpo.data.splits import FileData
 from diffusion_dpo.files import read_manifest
 
 _REQUIRED = ("prompt", "chosen", "rejected")
@@ -33,7 +34,7 @@ _OPTIONAL = (
 )
 
 
-class PairsData(PairSource):
+class PairsData(FileData):
     """Parquet with `prompt`, `chosen` and `rejected`, as `diffusion-dpo pair` writes it; perhaps with a `mask`."""
 
     path: Path = Path("runs/pairs")
@@ -42,32 +43,22 @@ class PairsData(PairSource):
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
         """See PairSource; with columns that name models or scores of the two images, `hub` reads more of them."""
-        ours = found.columns >= set(_REQUIRED) and not found.is_text
+        ours = found.has(*_REQUIRED) and not found.is_text
         more = ("chosen_origin" not in found.columns and find_settings(found.columns)) or {}
         return {} if ours and not {"model_columns", "score_columns"} & more.keys() else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; ids are taken from the content, so that an edited file cannot carry stale ones."""
-        from diffusion_dpo.data import shards
-
-        for file in shards.parquet_files(self.path):
-            present = shards.column_names(file)
-            columns = (*_REQUIRED, *(name for name in _OPTIONAL if name in present))
-            for where, row in shards.located_rows(file, columns):
+        for file in self.files():
+            for where, row in spelled_rows(file, _REQUIRED, _OPTIONAL):
                 for place, chosen, rejected in each_of(where, row["chosen"], row["rejected"]):
                     yield _read_row(place, row | {"chosen": chosen, "rejected": rejected})
 
-    def num_rows(self) -> int:
-        """Return the number of rows, from the files' footers; of lists of images, that of the longer side's images."""
+    def rows_in(self, file: Path) -> int:
+        """See FileData; of lists of images, the number of the longer side's images."""
         from diffusion_dpo.data import shards
 
-        return sum(shards.num_rows(file, _REQUIRED[1:]) for file in shards.parquet_files(self.path))
-
-    def stamp(self) -> str:
-        """Return the state of the files."""
-        from diffusion_dpo.data import shards
-
-        return stamp_of(shards.parquet_files(self.path))
+        return shards.num_rows(file, _REQUIRED[1:])
 
     def labelled_by(self) -> tuple[str, ...]:
         """Return what `pair` wrote into the manifests beside the files; a manifest of another make says nothing."""

@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data import Dropped, PreferencePair
+from diffusion_dpo.data.columns import spelled_rows
 from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.pairs import labelled_by
 from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
-from diffusion_dpo.data.stamps import stamp_of
+from diffusion_dpo.data.splits import FileData
 
-_REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
+_REQUIRED = ("prompt", "jpg_0", "jpg_1", "label_0")
 _OPTIONAL = ("has_label", "label_1", "model_0", "model_1")
 
 
-class PickapicData(PairSource):
+class PickapicData(FileData):
     """Parquet with `jpg_0`, `jpg_1` (encoded images), `label_0` (1: the first is better, 0.5: a tie) and `caption`.
 
     Where there are `has_label`, `label_1`, `model_0` and `model_1`, they are heeded.
@@ -31,16 +32,12 @@ class PickapicData(PairSource):
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
         """See PairSource."""
-        return {} if found.columns >= set(_REQUIRED) and not found.is_text else None
+        return {} if found.has(*_REQUIRED) and not found.is_text else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every row; a label between 0 and 1 becomes a soft label."""
-        from diffusion_dpo.data import shards
-
-        for file in shards.parquet_files(self.path):
-            present = shards.column_names(file)
-            columns = (*_REQUIRED, *(name for name in _OPTIONAL if name in present))
-            for where, row in shards.located_rows(file, columns):
+        for file in self.files():
+            for where, row in spelled_rows(file, _REQUIRED, _OPTIONAL):
                 yield self._read_row(where, row)
 
     def _read_row(self, where: str, row: dict[str, Any]) -> PreferencePair | Dropped:
@@ -51,7 +48,7 @@ class PickapicData(PairSource):
             return Dropped(where, "label_0 and label_1 do not add up to 1")
         models = (row.get("model_0"), row.get("model_1"))
         return make_labelled_pair(
-            where, row["caption"], images, label, ties=self.ties, source="pickapic", models=models
+            where, row["prompt"], images, label, ties=self.ties, source="pickapic", models=models
         )
 
     def labelled_by(self) -> tuple[str, ...]:
@@ -62,18 +59,6 @@ class PickapicData(PairSource):
     def lineage(self) -> frozenset[str]:
         """See PairSource; of our own pairs in these columns there is none."""
         return frozenset() if self.labelled_by() else frozenset({"data: Pick-a-Pic"})
-
-    def num_rows(self) -> int:
-        """Return the number of rows, from the files' footers."""
-        from diffusion_dpo.data import shards
-
-        return sum(shards.num_rows(file) for file in shards.parquet_files(self.path))
-
-    def stamp(self) -> str:
-        """Return the state of the files."""
-        from diffusion_dpo.data import shards
-
-        return stamp_of(shards.parquet_files(self.path))
 
 
 def pickapic_row(pair: PreferencePair, *, seed: int, soft_labels: bool, num_pairs_of_prompt: int) -> dict[str, Any]:

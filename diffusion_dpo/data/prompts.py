@@ -11,8 +11,8 @@ from typing import Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
-from diffusion_dpo.data.folder import read_inside
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
+from diffusion_dpo.data.inside import read_inside
 from diffusion_dpo.data.suites import SUITES, suite_files
 from diffusion_dpo.pocket.world import distinct_scenes, num_captions
 

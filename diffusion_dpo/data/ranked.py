@@ -8,16 +8,13 @@ from typing import Any, ClassVar, Literal
 
 from diffusion_dpo.data import Dropped, PreferencePair
 from diffusion_dpo.data.holding import Holding
-from diffusion_dpo.data.records import RecordData, read_records
+from diffusion_dpo.data.records import Record, RecordData
 from diffusion_dpo.data.rows import is_number, make_pair, prompt_fault
 
 _IMAGES = ("image", "image_path")
 _RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _ALONE = "the only image of its prompt"
 _EQUAL = "equal ranks"
-
-Row = tuple[str, dict[str, Any]]
-"""Where it is, and what is in it."""
 
 
 class RankedData(RecordData):
@@ -28,6 +25,8 @@ class RankedData(RecordData):
     """
 
     noun: ClassVar[str] = "ranked images"
+    keys = ("prompt", "rank")
+    numbers = ("rank", *_RATINGS)
 
     pairs: Literal["all", "best_worst", "adjacent"] = "all"
     """all: every two images of a prompt. best_worst: one pair a prompt; of equals, the first rows. adjacent: images
@@ -36,63 +35,62 @@ class RankedData(RecordData):
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
         """See PairSource."""
-        return {} if found.columns >= {"prompt", "rank"} and found.columns & set(_IMAGES) else None
+        return super().recognise(found) if any(found.has(name) for name in _IMAGES) else None
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield the pairs of a prompt when its last row has come, or why there are none."""
-        sizes = Counter(_group(entry) for _, entry in self._rows() if isinstance(entry, dict))
-        held: dict[str, list[Row]] = defaultdict(list)
-        for where, entry in self._rows(_IMAGES):
-            if isinstance(entry, str):
-                yield Dropped(where, entry)
+        sizes = Counter(_group(record) for record in self._rows() if not _fault(record))
+        held: dict[str, list[Record]] = defaultdict(list)
+        for record in self._rows(_IMAGES):
+            if fault := _fault(record):
+                yield Dropped(record.where, fault)
                 continue
-            group = _group(entry)
-            held[group].append((where, entry))
+            group = _group(record)
+            held[group].append(record)
             if len(held[group]) == sizes[group]:
                 yield from self._compare(held.pop(group))
 
     def num_rows(self) -> int:
         """Return the number of pairs and dropped rows, without looking at images."""
         broken, ranks = 0, defaultdict(list)
-        for _, entry in self._rows():
-            if isinstance(entry, str):
+        for record in self._rows():
+            if _fault(record):
                 broken += 1
             else:
-                ranks[_group(entry)].append(entry["rank"])
+                ranks[_group(record)].append(record.values["rank"])
         return broken + sum(len(pick_by_rank(group, self.pairs)) or 1 for group in ranks.values())
 
     def stamp(self) -> str:
         """Return the state of the rows and of every file that they name."""
         return self.stamp_of_files(_IMAGES)
 
-    def _rows(self, images: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any] | str]]:
-        """Yield every row, or why it cannot be ranked; with its images only where they are asked for."""
-        for where, entry in read_records(self.path, ("prompt", "rank"), ("prompt_id", *_RATINGS, *images)):
-            yield where, entry if isinstance(entry, str) else _fault(entry) or entry
+    def _rows(self, images: Sequence[str] = ()) -> Iterator[Record]:
+        """Yield every row, of Parquet with its images only where they are asked for."""
+        return self.records(("prompt_id", *_RATINGS), images=images)
 
-    def _compare(self, rows: Sequence[Row]) -> Iterator[PreferencePair | Dropped]:
-        picks = pick_by_rank([entry["rank"] for _, entry in rows], self.pairs)
+    def _compare(self, rows: Sequence[Record]) -> Iterator[PreferencePair | Dropped]:
+        picks = pick_by_rank([row.values["rank"] for row in rows], self.pairs)
         if not picks:
-            yield Dropped(rows[0][0], _ALONE if len(rows) == 1 else _EQUAL, broken=False)
+            yield Dropped(rows[0].where, _ALONE if len(rows) == 1 else _EQUAL, broken=False)
         for better, worse in picks:
             yield self._pair(rows[better], rows[worse])
 
-    def _pair(self, better: Row, worse: Row) -> PreferencePair | Dropped:
-        where = f"{better[0]} and {worse[0]}"
-        margin = worse[1]["rank"] - better[1]["rank"]
+    def _pair(self, better: Record, worse: Record) -> PreferencePair | Dropped:
+        where = f"{better.where} and {worse.where}"
+        margin = worse.values["rank"] - better.values["rank"]
         if margin == 0:
             return Dropped(where, _EQUAL, broken=False)
         images: list[Any] = []
-        for _, entry in (better, worse):
-            found = self.images(entry, [next((key for key in _IMAGES if entry.get(key) is not None), "image")])
-            if isinstance(found, str):
-                return Dropped(where, found)
+        for row in (better, worse):
+            found = self.images(row, [next((key for key in _IMAGES if row.values.get(key) is not None), "image")])
+            if isinstance(found, Dropped):
+                return replace(found, where=where)
             images += found
-        pair = make_pair(where, better[1]["prompt"], *images, source="ranked")
+        pair = make_pair(where, better.values["prompt"], *images, source="ranked")
         if isinstance(pair, Dropped):
             return pair
         chosen_scores, rejected_scores = (
-            {k: row[1][k] for k in _RATINGS if is_number(row[1].get(k))} for row in (better, worse)
+            {k: row.values[k] for k in _RATINGS if is_number(row.values.get(k))} for row in (better, worse)
         )
         return replace(pair, margin=float(margin), chosen_scores=chosen_scores, rejected_scores=rejected_scores)
 
@@ -116,10 +114,13 @@ def pick_by_rank(ranks: Sequence[float], pairs: str) -> list[tuple[int, int]]:
     return [(i, j) for i, j in every if levels[ranks[j]] - levels[ranks[i]] == 1]
 
 
-def _group(entry: dict[str, Any]) -> str:
+def _group(record: Record) -> str:
     """What the rows of one prompt have in common."""
-    return f"{entry.get('prompt_id')}\n{entry['prompt']}"
+    return f"{record.values.get('prompt_id')}\n{record.values['prompt']}"
 
 
-def _fault(entry: dict[str, Any]) -> str:
-    return prompt_fault(entry["prompt"]) or ("" if is_number(entry["rank"]) else "the rank is not a number")
+def _fault(record: Record) -> str:
+    """Say why a row cannot be ranked, "" when it can."""
+    if record.fault or (fault := prompt_fault(record.values["prompt"])):
+        return record.fault or fault
+    return "" if is_number(record.values["rank"]) else "the rank is not a number"

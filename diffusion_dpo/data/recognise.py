@@ -17,6 +17,7 @@ from diffusion_dpo.config import Config, ConfigError, command, no_such_setting, 
 from diffusion_dpo.console import say
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.holding import Holding, look_into
+from diffusion_dpo.data.image_kinds import DECODED
 
 C = TypeVar("C", bound=Config)
 
@@ -151,10 +152,10 @@ def _with_settings(found: Recognised, settings: dict[str, Any]) -> Recognised:
 
 
 def _candidates(holding: Holding) -> Recognised | None:
-    from diffusion_dpo.data.candidates import IMAGE_SUFFIXES, image_column
+    from diffusion_dpo.data.candidates import image_column
 
     tables = [table for table in holding.tables if not table.is_text]
-    if any(image_column(table.columns) for table in tables) or holding.paths(*IMAGE_SUFFIXES):
+    if any(image_column(table.columns) for table in tables) or holding.paths(*DECODED):
         return Recognised(holding.path, CANDIDATES)
     if tables:
         raise ConfigError(

@@ -1,102 +1,183 @@
-"""Rows of a JSON list, of JSON lines or of Parquet, whose images are files beside them or bytes inside."""
+"""Rows of a JSON list, of JSON lines, CSV or Parquet, whose images are files beside them or bytes inside."""
 
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.data import PairSource
-from diffusion_dpo.data.folder import METADATA, check_object, parse_object, read_inside
+from diffusion_dpo.data import Dropped
+from diffusion_dpo.data.columns import respell, spelled_rows
+from diffusion_dpo.data.holding import Holding, look_into
+from diffusion_dpo.data.inside import MISSING, advise, read_inside
+from diffusion_dpo.data.splits import FileData
 from diffusion_dpo.data.stamps import stamp_of
+from diffusion_dpo.data.tables import read_csv
 
 _PART = 1 << 20
 _LONGEST_ITEM = 1 << 26
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class RecordData(PairSource):
-    """What importers of such rows have in common."""
+@dataclass(frozen=True)
+class Record:
+    """One row: where it is, in which file, and what is in it; or, where it is none, why."""
+
+    where: str
+    file: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+
+
+class RecordData(FileData):
+    """What readers of such rows have in common."""
+
+    keys: ClassVar[tuple[str, ...]]
+    """The columns that every row has."""
+    example: ClassVar[str] = ""
+    """One such row, for messages."""
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Columns that hold numbers or truth values, which CSV writes as text."""
 
     path: Path
-    """The rows: a .json, .jsonl or .parquet file, or a folder with a metadata.jsonl or Parquet files."""
+    """The rows: a .json, .jsonl, .csv, .tsv or .parquet file, or a folder with a metadata file or Parquet."""
     images_dir: Path | None = None
-    """The folder that file names are relative to, and may not leave; null: where the rows are."""
+    """The folder that file names are relative to, beside that of the rows, and that links may lead into."""
 
-    @property
-    def folder(self) -> Path:
-        """The folder that images are read from."""
-        return self.images_dir or (self.path if self.path.is_dir() else self.path.parent)
+    @classmethod
+    def recognise(cls, found: Holding) -> dict[str, Any] | None:
+        """See PairSource."""
+        return {} if found.has(*cls.keys) else None
 
-    def images(self, entry: dict[str, Any], keys: Sequence[str]) -> list[Any] | str:
-        """Return the images of a row, what is in the file in place of its name; or why one cannot be read."""
+    def every_file(self) -> list[Path]:
+        """Return the file, or those of the first table of the folder that has the columns."""
+        if not self.path.is_dir():
+            return super().every_file()  # the file itself, whatever it is, or a ConfigError
+        tables = look_into(self.path).tables
+        if not tables:
+            such = f"; write one line per row, such as {self.example}" if self.example else ""
+            raise ConfigError(f"{self.path} holds neither metadata.jsonl, nor .csv, nor Parquet{such}")
+        table = next((table for table in tables if table.has(*self.keys)), tables[0])
+        if table.columns and not any(table.has(key) for key in self.keys):
+            raise ConfigError(
+                f"{table.files[0]} has {', '.join(sorted(table.columns))}, and {', '.join(self.keys)} are needed; "
+                "rename them, or give the file with the rows itself"
+            )
+        return list(table.files)
+
+    def rows_in(self, file: Path) -> int:
+        """Return the number of rows of a file, without looking at images."""
+        from diffusion_dpo.data import shards
+
+        return super().rows_in(file) if shards.is_table(file) else sum(1 for _ in read_file(file))
+
+    def records(self, optional: Sequence[str] = (), *, images: Sequence[str] = ()) -> Iterator[Record]:
+        """Yield every row, few of them in memory at a time.
+
+        Of Parquet, only the keys and those of the `optional` ones and `images` that are there are read. Raises
+        ConfigError when a file cannot be read at all.
+        """
+        from diffusion_dpo.data import shards
+
+        wanted = (*self.keys, *optional, *images)
+        for file in self.files():
+            if shards.is_table(file):
+                for where, values in spelled_rows(file, self.keys, [*optional, *images]):
+                    yield Record(where, file, values)
+                continue
+            is_csv = file.suffix.lower() in (".csv", ".tsv")
+            for where, row in read_file(file):
+                if isinstance(row, str):
+                    yield Record(where, file, fault=row)
+                    continue
+                values = respell(row, wanted)
+                if is_csv:
+                    values |= {key: _value(values[key]) for key in self.numbers if key in values}
+                missing = [key for key in self.keys if key not in values]
+                yield Record(where, file, values, f"no {missing[0]!r}" if missing else "")
+
+    def images(self, record: Record, keys: Sequence[str]) -> list[Any] | Dropped:
+        """Return the images of a row, the content of a file in place of its name; or why one cannot be read."""
         found = []
         for key in keys:
-            value = entry.get(key)
-            if isinstance(value, str):
-                value = read_inside(self.folder, value)
+            value = name = record.values.get(key)
+            if isinstance(name, str):
+                value = self._read(record.file, name)
                 if isinstance(value, str):
-                    return f"{key}: {value}"
+                    return Dropped(f"{record.where}: {name}", f"{key}: {advise(value)}")
             found.append(value)
         return found
 
-    def num_rows(self) -> int:
-        """Return the number of rows, without looking at images."""
-        return sum(_count(file) for file in _files(self.path))
-
     def stamp_of_files(self, keys: Sequence[str]) -> str:
         """Return the state of the rows and of every file that they name under some keys."""
-        named = (
-            self.folder / entry[key]
-            for _, entry in read_records(self.path, (), keys)
-            if isinstance(entry, dict)
-            for key in keys
-            if isinstance(entry.get(key), str)
-        )
-        return stamp_of(file for files in (_files(self.path), named) for file in files)
+        return stamp_of(file for files in (self.files(), self._named(keys)) for file in files)
+
+    def _named(self, keys: Sequence[str]) -> Iterator[Path]:
+        for record in self.records(images=keys):
+            names = (record.values.get(key) for key in keys)
+            places = (place for name in names if isinstance(name, str) for place in self._places(record.file, name))
+            yield from (folder / name for folder, name in places)
+
+    def _places(self, file: Path, name: str) -> list[tuple[Path, str]]:
+        """Where a name in a file of rows may be meant: a folder that it may not leave, and the name relative to it."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        inside = file.parent.relative_to(root).as_posix()
+        given = [] if self.images_dir is None else [(self.images_dir, name)]
+        return [*given, *([] if inside == "." else [(root, f"{inside}/{name}")]), (root, name)]
+
+    def _read(self, file: Path, name: str) -> bytes | str:
+        also = [] if self.images_dir is None else [self.images_dir]
+        fault = MISSING
+        for folder, inside in self._places(file, name):
+            found = read_inside(folder, inside, also=also)
+            if isinstance(found, bytes):
+                return found
+            fault = found if fault == MISSING else fault
+        return fault
 
 
-def read_records(
-    path: Path, keys: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Yield where it is, and the row, or why it is none with the `keys`, of every row; few are in memory at a time.
-
-    Of Parquet, only the keys and those of the optional ones that are there are read; lists of JSON may be of any
-    length. Raises ConfigError when a file cannot be read at all.
-    """
+def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield the same as `read_file`, or of Parquet those of the columns that are there."""
     from diffusion_dpo.data import shards
 
-    for file in _files(path):
-        if file.suffix == ".parquet":
-            present = shards.column_names(file)
-            yield from shards.located_rows(file, [*keys, *(name for name in optional if name in present)])
-        elif _is_list(file):
-            for number, item in enumerate(_read_list(file)):
-                yield f"{file.name} item {number}", check_object(item, keys)
-        else:
-            for number, line in _lines(file):
-                yield f"{file.name} line {number}", parse_object(line, keys)
+    if shards.is_table(file):
+        present = set(shards.column_names(file))
+        yield from shards.located_rows(file, [name for name in columns if name in present])
+    else:
+        yield from read_file(file)
 
 
-def _count(file: Path) -> int:
-    from diffusion_dpo.data import shards
+def read_file(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Yield where it is, and the row, or why it is none, of every row of a text file; a list may be of any length."""
+    if file.suffix.lower() in (".csv", ".tsv"):
+        yield from read_csv(file)
+    elif _is_list(file):
+        for number, item in enumerate(_read_list(file)):
+            yield f"{file.name} item {number}", item if isinstance(item, dict) else "not a JSON object"
+    else:
+        for number, line in _lines(file):
+            yield f"{file.name} line {number}", parse_object(line)
 
-    if file.suffix == ".parquet":
-        return shards.num_rows(file)
-    return sum(1 for _ in (_read_list(file) if _is_list(file) else _lines(file)))
+
+def parse_object(line: bytes) -> dict[str, Any] | str:
+    """Return the object of a line of JSON, or why it is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return "not valid JSON"
+    return entry if isinstance(entry, dict) else "not a JSON object"
 
 
-def _files(path: Path) -> list[Path]:
-    from diffusion_dpo.data import shards
-
-    if not path.is_dir():
-        return shards.parquet_files(path)  # the file itself, whatever it is, or a ConfigError
-    if (path / METADATA).is_file():
-        return [path / METADATA]
-    if not any(path.rglob("*.parquet")):
-        raise ConfigError(f"{path} holds neither {METADATA} nor Parquet; give the file with the rows itself")
-    return shards.parquet_files(path)
+def _value(text: Any) -> Any:
+    """Return the number or truth value that a field of CSV spells; an empty one is none, and any other stays text."""
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text.strip().lower() or "null")
+    except ValueError:
+        return text
 
 
 def _is_list(file: Path) -> bool:

@@ -7,7 +7,7 @@ carries the features of Hugging Face `datasets` in its metadata.
 import difflib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,6 +189,13 @@ def is_table(file: Path) -> bool:
     return tars.is_tar(file) or file.suffix == ".parquet"
 
 
+def tables_by_kind(files: Iterable[Path]) -> list[list[Path]]:
+    """Return those of the files that hold rows, tar files, Parquet and Arrow apart, in this order; [] without any."""
+    tables = [file for file in files if is_table(file)]
+    kinds = (tars.is_tar, lambda file: file.suffix == ".parquet", arrow_files.is_arrow)
+    return [some for kind in kinds if (some := [file for file in tables if kind(file)])]
+
+
 def parquet_files(path: Path, pattern: str = "") -> list[Path]:
     """Return `path` itself, or the files with rows below it, sorted; hidden files and folders are passed over.
 
@@ -202,9 +209,7 @@ def parquet_files(path: Path, pattern: str = "") -> list[Path]:
     found = [file for file in path.rglob(pattern or "*") if file.is_file()]
     visible = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     if not pattern:
-        tables = [file for file in visible if is_table(file)]
-        kinds = (tars.is_tar, lambda file: file.suffix == ".parquet", arrow_files.is_arrow)
-        visible = next((some for kind in kinds if (some := [file for file in tables if kind(file)])), [])
+        visible = next(iter(tables_by_kind(visible)), [])
     if not visible:
         raise ConfigError(f"{path} holds no file {pattern or '*.parquet, *.arrow or *.tar'}")
     return sorted(visible)

@@ -1,24 +1,72 @@
 """Two folders, chosen/ and rejected/, with the same file names, and captions beside them: pairs sorted by hand."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from posixpath import splitext
-from typing import Any
+from typing import Any, NamedTuple, Self
+
+from pydantic import Field, model_validator
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.folder import read_inside
-from diffusion_dpo.data.holding import Holding
-from diffusion_dpo.data.records import read_records
+from diffusion_dpo.data.columns import spelling
+from diffusion_dpo.data.holding import Holding, walk
+from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
+from diffusion_dpo.data.inside import MISSING, advise, read_inside
+from diffusion_dpo.data.records import read_file
 from diffusion_dpo.data.rows import make_pair
+from diffusion_dpo.data.splits import describe, select
 from diffusion_dpo.data.stamps import stamp_of
 
 CAPTIONS = "captions.jsonl"
+CAPTION_SUFFIXES = (".txt", ".caption")
 _SIDES = ("chosen", "rejected")
+_BETTER = (
+    *(
+        "chosen",
+        "w",
+        "win",
+        "wins",
+        "winner",
+        "winners",
+        "won",
+        "good",
+        "better",
+        "best",
+        "preferred",
+        "liked",
+        "like",
+    ),
+    *("accepted", "positive", "pos"),
+)
+_WORSE = (
+    *("rejected", "reject", "l", "lose", "loses", "loser", "losers", "lost", "bad", "worse", "worst", "dispreferred"),
+    *("unpreferred", "not_preferred", "disliked", "dislike", "negative", "neg"),
+)
+"""Names of folders that say which images are better; kohya's are w and l."""
+_SHOWN = 3
+_FOLDER_NAME = r"^[^/\\]+$"
 
-Names = dict[str, list[str]]
-"""The files that share a name without its suffix, relative to the folder of pairs."""
+
+class Place(NamedTuple):
+    """Where an image of a pair lies: the folder that holds both sides, and its name within its side, no suffix."""
+
+    above: str
+    name: str
+
+
+class Files(NamedTuple):
+    """What lies in a folder of pairs: the images of each side by their place, captions, and what is neither."""
+
+    sides: dict[str, dict[Place, list[str]]]
+    captions: frozenset[str]
+    others: tuple[str, ...]
+
+    @property
+    def places(self) -> list[Place]:
+        """Every place of an image once, in order."""
+        return sorted({place for images in self.sides.values() for place in images})
 
 
 class TwoFoldersData(PairSource):
@@ -28,94 +76,208 @@ class TwoFoldersData(PairSource):
     """
 
     path: Path
-    """The folder that holds chosen/ and rejected/; what is in folders below them is paired as well."""
+    """The folder that holds chosen/ and rejected/, or folders that do; what is below them is paired as well."""
+    chosen_dir: str = Field("chosen", pattern=_FOLDER_NAME)
+    """Name of the folders with the better images."""
+    rejected_dir: str = Field("rejected", pattern=_FOLDER_NAME)
+    """Name of the folders with the worse images."""
+    caption_suffix: str | None = Field(None, pattern=r"^\.[^/\\]+$")
+    """Suffix of the captions beside the images; null: .txt or .caption."""
+    images_dir: Path | None = None
+    """A folder outside that links in the two folders may lead into."""
+    split: str | None = None
+    """train, validation, test, or another that names of folders speak of; all; null: train of several."""
+
+    @model_validator(mode="after")
+    def _two_names(self) -> Self:
+        if self.chosen_dir == self.rejected_dir:
+            raise ValueError(f"chosen_dir and rejected_dir are both {self.chosen_dir!r}; name two folders")
+        return self
 
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
-        """See PairSource."""
-        return {} if found.table is None and found.folders >= set(_SIDES) else None
+        """See PairSource: two folders beside each other whose names say which one is better, in one way only."""
+        stems: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for file in found.files if found.table is None else ():
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                for i, folder in enumerate(file.parts[:-1]):
+                    stems["/".join(file.parts[:i])][folder].add(splitext("/".join(file.parts[i + 1 :]))[0])
+        names = {both for folders in stems.values() if (both := _two_sides(folders))}
+        if len(names) != 1:
+            return None
+        chosen, rejected = names.pop()
+        return {} if (chosen, rejected) == _SIDES else {"chosen_dir": chosen, "rejected_dir": rejected}
 
     def read(self) -> Iterator[PreferencePair | Dropped]:
         """Yield every name once, in their order, then the lines of captions.jsonl that cannot be read."""
-        captions, broken = self._captions()
-        for item in self._matches():
-            if isinstance(item, Dropped):
-                yield item
-                continue
-            name, files = item
-            prompt, fault = self._caption(name, captions[name])
-            images = [read_inside(self.path, file) for file in files]
-            wrong = next((f"{side}: {it}" for side, it in zip(_SIDES, images, strict=True) if isinstance(it, str)), "")
-            if fault or wrong:
-                yield Dropped(files[0], fault or wrong)
-            else:
-                yield make_pair(files[0], prompt, *images, source="two_folders")
-        yield from broken
-
-    def num_rows(self) -> int:
-        """Return the number of names and of captions that cannot be read, without looking at images."""
-        return sum(1 for _ in self._matches()) + len(self._captions()[1])
-
-    def stamp(self) -> str:
-        """Return the state of all files in both folders, and of captions.jsonl."""
-        files = (file for side in _SIDES for file in sorted((self.path / side).rglob("*")) if not file.is_dir())
-        return stamp_of(file for group in ([self.path / CAPTIONS], files) for file in group)
-
-    def _matches(self) -> Iterator[tuple[str, tuple[str, str]] | Dropped]:
-        """Yield the two files of every name, or why there are not two."""
-        found = [self._names(side) for side in _SIDES]
-        for name in sorted({name for names in found for name in names}):
-            files = [names.get(name, []) for names in found]
+        found = self._files()
+        listed, broken = self._listed(found)
+        for place in self._places(found):
+            files = [found.sides[side].get(place, []) for side in _SIDES]
             several = next((group for group in files if len(group) > 1), None)
             if several:
                 yield Dropped(several[0], "several files of this name")
             elif not all(files):
-                missing = _SIDES[files.index([])]
+                missing = (self.chosen_dir, self.rejected_dir)[files.index([])]
                 yield Dropped(next(group[0] for group in files if group), f"no file of this name in {missing}/")
             else:
-                yield name, (files[0][0], files[1][0])
+                yield self._pair(place, files[0][0], files[1][0], listed[place], found.captions)
+        yield from broken
 
-    def _names(self, side: str) -> Names:
-        from diffusion_dpo.data.candidates import IMAGE_SUFFIXES
+    def num_rows(self) -> int:
+        """Return the number of names and of captions that cannot be read, without looking at images."""
+        found = self._files()
+        return len(self._places(found)) + len(self._listed(found)[1])
 
-        folder = self.path / side
-        if not folder.is_dir():
-            raise ConfigError(f"{self.path} holds no folder {side}/; it must hold chosen/ and rejected/")
-        names: Names = defaultdict(list)
-        for file in sorted(folder.rglob("*")):
-            inside = file.relative_to(folder)
-            hidden = any(part.startswith(".") for part in inside.parts)
-            if file.suffix.lower() in IMAGE_SUFFIXES and not hidden and not file.is_dir():
-                names[splitext(inside.as_posix())[0]].append(f"{side}/{inside.as_posix()}")
-        return names
+    def stamp(self) -> str:
+        """Return the state of all images and captions."""
+        found = self._files()
+        images = (name for side in _SIDES for names in found.sides[side].values() for name in names)
+        listed = (name for name in found.others if PurePosixPath(name).name == CAPTIONS)
+        return stamp_of(self.path / name for name in sorted([*images, *found.captions, *listed]))
 
-    def _captions(self) -> tuple[dict[str, list[str]], list[Dropped]]:
-        """Return the prompts of captions.jsonl by name, and the lines that cannot be read."""
-        captions: dict[str, list[str]] = defaultdict(list)
+    def left_out(self) -> list[str]:
+        """See PairSource."""
+        found = self._files()
+        others = [name for name in found.others if PurePosixPath(name).name not in (CAPTIONS, "manifest.json")]
+        images = [name for name in others if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+        rest = [name for name in others if name not in set(images)]
+        counts = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in rest).most_common()
+        lines = [
+            f"{len(images)} images that lie in neither {self.chosen_dir}/ nor {self.rejected_dir}/ ({_some(images)})",
+            f"{len(rest)} files that are no images: {', '.join(f'{n} x {it}' for it, n in counts)} ({_some(rest)})",
+        ]
+        rows = Counter(self._folder(place) for place in found.places)
+        left = self._select(found)[1]
+        of_splits = describe(left, (rows[folder] for folders in left.values() for folder in folders), self.path)
+        return of_splits + [line for line, it in zip(lines, (images, rest), strict=True) if it]
+
+    def _pair(
+        self, place: Place, chosen: str, rejected: str, listed: list[str], captions: frozenset[str]
+    ) -> PreferencePair | Dropped:
+        prompt, fault = self._caption(place, listed, captions)
+        also = [] if self.images_dir is None else [self.images_dir]
+        images = [read_inside(self.path, file, also=also) for file in (chosen, rejected)]
+        wrong = next(
+            (f"{side}: {advise(it)}" for side, it in zip(_SIDES, images, strict=True) if isinstance(it, str)), ""
+        )
+        if fault or wrong:
+            return Dropped(chosen, fault or wrong)
+        return make_pair(chosen, prompt, *images, source="two_folders")
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _files(self) -> Files:
+        """Walk the folder once; raises ConfigError when a side is missing."""
+        suffixes = CAPTION_SUFFIXES if self.caption_suffix is None else (self.caption_suffix,)
+        sides: dict[str, dict[Place, list[str]]] = {side: defaultdict(list) for side in _SIDES}
+        captions, others = set(), []
+        for file in walk(self.path):
+            place = self._place(file)
+            if file.name.endswith(suffixes) and place is not None:
+                captions.add(str(file))
+            elif file.suffix.lower() in IMAGE_SUFFIXES and place is not None:
+                sides[place[0]][place[1]].append(str(file))
+            else:
+                others.append(str(file))
+        names = dict(zip((self.chosen_dir, self.rejected_dir), _SIDES, strict=True))
+        missing = [name for name, side in names.items() if not sides[side]]
+        if missing:
+            raise ConfigError(self._missing(min(missing, key=lambda name: (self.path / name).is_dir())))
+        return Files(sides, frozenset(captions), tuple(others))
+
+    def _place(self, file: PurePosixPath) -> tuple[str, Place] | None:
+        """Return the side of a file and its place; None of what lies in neither folder."""
+        names = (self.chosen_dir, self.rejected_dir)
+        i = next((i for i, part in enumerate(file.parts[:-1]) if part in names), None)
+        if i is None:
+            return None
+        side = _SIDES[names.index(file.parts[i])]
+        return side, Place("/".join(file.parts[:i]), splitext("/".join(file.parts[i + 1 :]))[0])
+
+    def _missing(self, name: str) -> str:
+        if not self.path.is_dir():
+            return f"there is no folder {self.path}"
+        if (self.path / name).is_symlink():
+            return (
+                f"{self.path / name} is a link out of the folder, which is not followed; give the folder it leads to"
+            )
+        there = sorted(it.name for it in self.path.iterdir() if it.is_dir())[:_SHOWN]
+        held = f"; it has {', '.join(f'{it}/' for it in there)}" if there else ""
+        what = "no images in" if (self.path / name).is_dir() else "no folder"
+        return (
+            f"{self.path} holds {what} {name}/; it must hold {self.chosen_dir}/ and {self.rejected_dir}/{held} "
+            "(data.chosen_dir and data.rejected_dir name other folders)"
+        )
+
+    def _folder(self, place: Place) -> Path:
+        return self.path / place.above / self.chosen_dir
+
+    def _select(self, found: Files) -> tuple[list[Path], dict[str, list[Path]]]:
+        folders = list(dict.fromkeys(self._folder(place) for place in found.places))
+        return select(folders, self.split, self.path)
+
+    def _places(self, found: Files) -> list[Place]:
+        """Return the places of the split, in order."""
+        kept = set(self._select(found)[0])
+        return [place for place in found.places if self._folder(place) in kept]
+
+    # --- captions ----------------------------------------------------------------------------------------------------
+
+    def _listed(self, found: Files) -> tuple[dict[Place, list[str]], list[Dropped]]:
+        """Return the prompts of captions.jsonl by place, and the lines that cannot be read."""
+        captions: dict[Place, list[str]] = defaultdict(list)
         broken = []
-        if (self.path / CAPTIONS).is_file():
-            for where, entry in read_records(self.path / CAPTIONS, ("file_name", "prompt")):
+        for file in (PurePosixPath(name) for name in found.others if PurePosixPath(name).name == CAPTIONS):
+            for where, entry in read_file(self.path / file):
                 if isinstance(entry, str):
                     broken.append(Dropped(where, entry))
-                elif not isinstance(entry["file_name"], str) or not isinstance(entry["prompt"], str):
+                    continue
+                name, prompt = entry.get("file_name"), entry.get(spelling("prompt", entry) or "prompt")
+                missing = next((key for key, it in (("file_name", name), ("prompt", prompt)) if it is None), None)
+                if missing:
+                    broken.append(Dropped(where, f"no {missing!r}"))
+                elif not isinstance(name, str) or not isinstance(prompt, str):
                     broken.append(Dropped(where, "file_name and prompt must be text"))
                 else:
-                    captions[splitext(entry["file_name"])[0]].append(entry["prompt"])
+                    above = "" if str(file.parent) == "." else str(file.parent)
+                    captions[Place(above, splitext(name)[0])].append(prompt)
         return captions, broken
 
-    def _caption(self, name: str, listed: list[str]) -> tuple[str, str]:
-        """Return the one caption that a name has in all the places, and what is wrong with it, "" when nothing is."""
+    def _caption(self, place: Place, listed: list[str], captions: frozenset[str]) -> tuple[str, str]:
+        """Return the one caption that a place has, and what is wrong with it, "" when nothing is."""
         found = {text.strip() for text in listed}
-        for side in _SIDES:
-            data = read_inside(self.path, f"{side}/{name}.txt")
-            if data == "no such file":
-                continue
-            if isinstance(data, str):
-                return "", f"caption: {data}"
-            try:
-                found.add(data.decode("utf-8-sig").strip())
-            except UnicodeDecodeError:
-                return "", "caption: not UTF-8 text"
+        suffixes = CAPTION_SUFFIXES if self.caption_suffix is None else (self.caption_suffix,)
+        for side in (self.chosen_dir, self.rejected_dir):
+            for suffix in suffixes:
+                name = f"{place.above}/{side}/{place.name}{suffix}".removeprefix("/")
+                data = read_inside(self.path, name) if name in captions else MISSING
+                if data == MISSING:
+                    continue
+                if isinstance(data, str):
+                    return "", f"caption: {data}"
+                try:
+                    found.add(data.decode("utf-8-sig").strip())
+                except UnicodeDecodeError:
+                    return "", "caption: not UTF-8 text"
+        found = found - {""} or found
         if len(found) != 1:
             return "", "different captions" if found else "no caption"
         return found.pop(), ""
+
+
+def _two_sides(folders: Mapping[str, set[str]]) -> tuple[str, str] | None:
+    """Return which of the folders beside each other holds the better images and which the worse; None when unclear.
+
+    `folders` are the names of their images. Where only the names of the folders speak, the images must have partners.
+    """
+    if folders.keys() >= set(_SIDES):
+        return _SIDES
+    better, worse = ([name for name in folders if name.lower() in known] for known in (_BETTER, _WORSE))
+    if len(better) != 1 or len(worse) != 1 or not folders[better[0]] & folders[worse[0]]:
+        return None
+    return better[0], worse[0]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -105,7 +105,10 @@ def test_first_frame_of_an_animation():
         (b"hello", "not an image file"),
         (b"<!DOCTYPE html><html>not found</html>", "a web page or SVG, not an image file"),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "a web page or SVG, not an image file"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "not an image file"),
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n",
+            "PostScript, which is not decoded here; convert it to PNG or JPEG",
+        ),
         (jpeg(0, (31, 200)), "smaller than 32 px"),
         (jpeg(0, (1, 5000)), "smaller than 32 px"),
     ],

@@ -24,6 +24,7 @@ from diffusion_dpo.settings import TrainConfig
 from tests.photos import jpeg
 
 A, B = jpeg(0), jpeg(1)
+LINK = "a link; copy what it leads to, or set data.images_dir to it"
 
 
 def pickapic(path: Path, *rows: tuple, label_type: pa.DataType | None = None) -> Path:
@@ -139,8 +140,8 @@ def test_empty_prompts_are_refused(tmp_path, prompt, why):
 
 
 def test_missing_columns_name_the_nearest(tmp_path):
-    pq.write_table(pa.table({"captions": ["x"], "jpg_0": [A], "jpg_1": [B], "label_0": [1.0]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"no column 'caption'\. Did you mean 'captions'\?"):
+    pq.write_table(pa.table({"kaption": ["x"], "jpg_0": [A], "jpg_1": [B], "label_0": [1.0]}), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"no column 'caption'\. Did you mean 'kaption'\?"):
         list(PickapicData(path=tmp_path).read())
 
 
@@ -250,8 +251,11 @@ def test_folder_reads_its_lines(tmp_path):
         ("..\\secret.jpg", "the file name leaves the folder"),
         ("C:\\secret.jpg", "the file name leaves the folder"),
         ("\\\\host\\secret.jpg", "the file name leaves the folder"),
-        ("link.jpg", "the file name leaves the folder"),
-        ("linked/secret.jpg", "the file name leaves the folder"),
+        ("link.jpg", f"the file leaves the folder: {LINK}"),
+        (
+            "linked/secret.jpg",
+            "linked/ leaves the folder: a link; copy what it leads to, or set data.images_dir to it",
+        ),
         ("https://example.org/a.jpg", "a URL instead of a file name"),
         ("file:///etc/passwd", "a URL instead of a file name"),
         ("zip://a.zip", "a URL instead of a file name"),
@@ -290,7 +294,8 @@ def test_folder_names_bad_lines(tmp_path, line, why):
 
 def test_folder_without_metadata_shows_an_example(tmp_path):
     with pytest.raises(
-        ConfigError, match=r'there is no .*metadata\.jsonl; write one line per row, such as \{"prompt"'
+        ConfigError,
+        match=r'holds neither metadata\.jsonl, nor \.csv, nor Parquet; write one line per row, such as \{"prompt"',
     ):
         list(FolderData(path=tmp_path).read())
 
@@ -331,7 +336,7 @@ def test_hub_takes_the_files_of_a_split_and_the_first_rows(tmp_path):
     assert prompts(split="test") == "cc"
     assert prompts(max_rows=3) == "aab"
     assert HubData(path=str(tmp_path), max_rows=3).num_rows() == 3
-    with pytest.raises(ConfigError, match=r"no Parquet file of the split 'validation'; its files: test-0.parquet"):
+    with pytest.raises(ConfigError, match=r"has no split 'validation'; those there are test, train"):
         prompts(split="validation")
 
 

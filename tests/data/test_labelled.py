@@ -130,8 +130,8 @@ def test_broken_lines_of_a_folder_are_named_and_the_others_stay(tmp_path: Path):
         "metadata.jsonl line 3": "not valid JSON",
         "metadata.jsonl line 4": "the label is neither true nor false",
         "metadata.jsonl line 5": "no label",
-        "metadata.jsonl line 6": "image: no such file",
-        "metadata.jsonl line 7": "image: the file name leaves the folder",
+        "metadata.jsonl line 6: d.jpg": "image: no such file",
+        "metadata.jsonl line 7: ../a.jpg": "image: the file name leaves the folder",
         "metadata.jsonl line 8": "no 'label'",
         "metadata.jsonl line 9": "rejected: not an image file",
     }

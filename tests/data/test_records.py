@@ -15,7 +15,7 @@ from diffusion_dpo.data.collect import collect, survey
 from diffusion_dpo.data.hpdv3 import HPDv3Data
 from diffusion_dpo.data.invoke import InvokeData
 from diffusion_dpo.data.ranked import RankedData, pick_by_rank
-from diffusion_dpo.data.records import read_records
+from diffusion_dpo.data.records import read_file
 from tests.photos import jpeg
 
 IMAGES = [jpeg(i) for i in range(4)]
@@ -115,7 +115,7 @@ def test_images_may_lie_elsewhere_and_inside_parquet(folder: Path, tmp_path: Pat
         ("../secret.jpg", "the file name leaves the folder"),
         ("images/../../secret.jpg", "the file name leaves the folder"),
         ("C:\\secret.jpg", "the file name leaves the folder"),
-        ("link.jpg", "the file name leaves the folder"),
+        ("link.jpg", "the file leaves the folder: a link; copy what it leads to, or set data.images_dir to it"),
         ("https://example.org/a.jpg", "a URL instead of a file name"),
         ("a\0.jpg", "not a file name"),
         ("\ud800.jpg", "the file cannot be read"),
@@ -169,7 +169,7 @@ def test_a_list_is_read_in_parts_of_any_size(folder: Path, monkeypatch, size: in
     path = folder / "rows.json"
     path.write_text("\ufeff \n" + json.dumps([*rows, 1234567, "text", None], indent=indent, ensure_ascii=False) + "\n")
     monkeypatch.setattr(module, "_PART", size)
-    found = [entry for _, entry in read_records(path, ("a",))]
+    found = [entry for _, entry in read_file(path)]
     assert found == [*rows, *["not a JSON object"] * 3]
 
 
@@ -190,7 +190,7 @@ def test_a_list_is_read_in_parts_of_any_size(folder: Path, monkeypatch, size: in
 def test_a_list_that_is_none_is_one_sentence(folder: Path, text: str, why: str) -> None:
     (folder / "rows.json").write_text(text)
     with pytest.raises(ConfigError, match=f"rows.json is no list of JSON objects: .*({why}).*; write or download"):
-        list(read_records(folder / "rows.json", ("a",)))
+        list(read_file(folder / "rows.json"))
 
 
 def test_a_list_that_is_wrong_early_is_not_read_to_its_end(folder: Path, monkeypatch) -> None:
@@ -214,7 +214,7 @@ def test_bad_lines_are_named_and_the_others_read(folder: Path, line: str, why: s
 def test_files_that_are_not_there_or_empty(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no file or folder .*nowhere"):
         list(HPDv3Data(path=folder / "nowhere").read())
-    with pytest.raises(ConfigError, match=r"set holds neither metadata\.jsonl nor Parquet; give the file"):
+    with pytest.raises(ConfigError, match=r"set holds neither metadata\.jsonl, nor \.csv, nor Parquet"):
         list(HPDv3Data(path=folder).read())
     (folder / "rows.json").touch()
     with pytest.raises(ConfigError, match="it has no rows"):

@@ -90,6 +90,9 @@ def test_captions_of_any_kind(tmp_path: Path) -> None:
     assert isinstance(marked, PreferencePair) and marked.prompt == "a cat"
 
 
+LINK = "the file leaves the folder: a link"
+
+
 def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(A)
     (tmp_path / "secret.txt").write_text("a secret")
@@ -97,8 +100,8 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "d" / "chosen" / "a.jpg").symlink_to(tmp_path / "secret.jpg")
     (tmp_path / "d" / "chosen" / "b.txt").symlink_to(tmp_path / "secret.txt")
     assert items(source) == [
-        Dropped("chosen/a.jpg", "chosen: the file name leaves the folder"),
-        Dropped("chosen/b.jpg", "caption: the file name leaves the folder"),
+        Dropped("chosen/a.jpg", f"chosen: {LINK}; copy what it leads to, or set data.images_dir to it"),
+        Dropped("chosen/b.jpg", f"caption: {LINK}"),
     ]
 
 
