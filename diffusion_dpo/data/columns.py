@@ -22,12 +22,12 @@ def spelling(key: str, present: Collection[str]) -> str | None:
 
 
 def respell(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """Return a row with those of the keys that it has under another name."""
+    """Return a row with those of the keys, too, that it has under another name."""
     found = dict(row)
     for key in keys:
         name = spelling(key, row)
         if name is not None and name != key:
-            found[key] = found.pop(name)
+            found[key] = row[name]
     return found
 
 
