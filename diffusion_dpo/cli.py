@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error))
     except Exception:  # noqa: BLE001 - the outermost frame: every failure becomes an exit code
-        traceback.print_exc()
+        _say_of_failure(traceback.format_exc().rstrip())
         return _fail(
             "this is a bug. Please report it, with the lines above and `diffusion-dpo doctor --json`.", code=1
         )
@@ -253,8 +253,14 @@ def _run(verb: str, config: Config, *arguments: float, function: str = "run") ->
 def _fail(message: str, *, code: int = 2) -> int:
     """Say once, whatever the number of processes, what went wrong; return the exit code."""
     if processes.speaks_of_failure():
-        print(f"error: {message}", file=sys.stderr)
+        _say_of_failure(f"error: {message}")
     return code
+
+
+def _say_of_failure(text: str) -> None:
+    from diffusion_dpo.console import plain
+
+    print(plain(text), file=sys.stderr)
 
 
 def _stopped(code: int) -> int:

@@ -18,7 +18,8 @@ import io
 import json
 import math
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock
 from typing import Any
 
 from PIL import Image
@@ -58,6 +59,8 @@ def make_judge(name: str, url: str) -> Answer:
 
 class Handler(BaseHTTPRequestHandler):
     judge: Answer
+    busy = Lock()
+    """Held while the model works: a thread a connection, since one that sends nothing must not hold up the others."""
     timeout = 60
 
     def do_POST(self) -> None:
@@ -72,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             return self.answer(400, {"error": f"not a request: {error}"})
         try:
-            values, reasons = type(self).judge(images, prompts, references)
+            with self.busy:
+                values, reasons = type(self).judge(images, prompts, references)
         except Exception as error:  # noqa: BLE001 - a model is anybody's code, and one request must not end the rest
             return self.answer(500, {"error": f"{type(error).__name__}: {error}"})
         return self.answer(200, {"metrics": values, "reasons": reasons})
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("scorer", help="a scorer's name, or its settings as YAML in braces")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    with HTTPServer(("127.0.0.1", arguments.port), Handler) as server:
+    with ThreadingHTTPServer(("127.0.0.1", arguments.port), Handler) as server:
         try:
             judge = make_judge(arguments.scorer, f"http://127.0.0.1:{server.server_port}")
         except ValueError as error:  # diffusion-dpo's ConfigError is one

@@ -14,7 +14,7 @@ from diffusion_dpo import registry
 PACKAGE = Path(importlib.util.find_spec("diffusion_dpo").origin).parent
 LAYERS = [
     {"registry", "interrupt", "other_names"},
-    {"config", "config_help", "settings", "yaml_dialect", "files", "console", "pocket", "device", "processes"},
+    {"config", "config_help", "settings", "yaml_dialect", "files", "console", "pocket", "device", "processes", "web"},
     {"losses", "data", "models", "scorers", "strategies", "checkpoint", "tracking"},
     {"mixture", "sampling", "report", "pairing", "scoring"},
     {"card"},

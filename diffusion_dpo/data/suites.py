@@ -8,12 +8,13 @@ import hashlib
 import os
 import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException, IncompleteRead
+from http.client import HTTPException
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.files import atomic_path
+from diffusion_dpo.web import HttpError, TooLargeError, fetch
 
 _GITHUB = "https://raw.githubusercontent.com"
 _MOST_BYTES = 10_000_000
@@ -59,8 +60,8 @@ def suite_files(name: str, *, host: str = _GITHUB) -> list[Path]:
         if file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == suite.sha256:
             return [file]
         data = _download(url)
-    except (OSError, HTTPException) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
+    except (OSError, HTTPException, HttpError, TooLargeError) as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(f"cannot download the suite {name} from {url}: {said}; {by_hand}") from None
     if hashlib.sha256(data).hexdigest() != suite.sha256:
         raise ConfigError(f"what {url} holds is not the suite {name} as it is known here; {by_hand}")
@@ -84,12 +85,9 @@ def _cache() -> Path:
 
 
 def _download(url: str) -> bytes:
-    """Return a body that came whole; raises IncompleteRead for one that was cut off or is too large."""
-    with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer:
-        data: bytes = answer.read(_MOST_BYTES)
-        if answer.length:  # what is still to come by the header, which read() with a size does not ask for
-            raise IncompleteRead(data, answer.length)
-        return data
+    """Return a body that came whole and in time."""
+    request = urllib.request.Request(url)
+    return fetch(request, timeout_seconds=_TIMEOUT_SECONDS, max_bytes=_MOST_BYTES, follow_redirects=True)
 
 
 def _from_hub(name: str, file: str) -> Path:

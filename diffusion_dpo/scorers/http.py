@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from diffusion_dpo.config import Config, ConfigError
 from diffusion_dpo.scorers import Metric, Need, ScoreRequest, Scores
-from diffusion_dpo.scorers.remote import RemoteScorer, as_png
+from diffusion_dpo.scorers.remote import RemoteScorer, as_png, quoted
 
 PROTOCOL = 1
 """Raise it when a change of this file changes the values."""
@@ -111,15 +111,15 @@ def _read(answer: Any, names: list[str], count: int) -> Scores:
     if not isinstance(answer, dict) or not isinstance(answer.get("metrics"), dict):
         raise _NonsenseError(f'it must be {{"metrics": {{...}}}}, not {_shown(answer)}')
     if answer["metrics"].keys() != set(names):
-        raise _NonsenseError(f"it has the metrics {sorted(answer['metrics'])}, and `gives` names {sorted(names)}")
+        raise _NonsenseError(
+            f"it has the metrics {quoted(str(sorted(answer['metrics'])))}, and `gives` names {sorted(names)}"
+        )
     values = {name: _numbers(name, answer["metrics"][name], count) for name in names}
     said = answer.get("reasons") or [""] * count
     if not isinstance(said, list) or len(said) != count or not all(isinstance(one, str | None) for one in said):
         raise _NonsenseError(f"`reasons` must be {count} texts, one an image, not {_shown(said)}")
     lacking = np.isnan(np.stack(list(values.values()))).any(0)
-    reasons = [
-        (reason or "").strip() or (NO_VALUE if bare else "") for reason, bare in zip(said, lacking, strict=True)
-    ]
+    reasons = [quoted(reason or "") or (NO_VALUE if bare else "") for reason, bare in zip(said, lacking, strict=True)]
     return Scores(values, tuple(reasons))
 
 

@@ -5,7 +5,6 @@ import http.client
 import io
 import json
 import os
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -17,7 +16,9 @@ from urllib.parse import urlsplit
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.console import plain
 from diffusion_dpo.scorers import Scorer
+from diffusion_dpo.web import HttpError, TooLargeError, fetch
 
 if TYPE_CHECKING:
     import torch
@@ -170,17 +171,17 @@ def post_json(
         retry_after: float | None = None
         try:
             return _parsed(url, _ask_once(url, data, api_key, timeout_seconds))
-        except urllib.error.HTTPError as error:
-            answer = _read_error(error, api_key)
-            trouble = f"{error.code} {error.reason}" + (f" ({_quoted(answer)})" if answer else "")
+        except HttpError as error:
+            answer = _without_key(error.body.decode("utf-8", errors="replace"), api_key)
+            trouble = f"{error.code} {quoted(error.reason)}" + (f" ({quoted(answer)})" if answer else "")
             if error.code != 429 and error.code < 500:
                 advice = _ADVICE.get(error.code, "mend the settings" if error.code >= 400 else "mend `url`")
                 raise Refused(f"{url} refused the request with {trouble}; {advice}", answer) from None
-            retry_after = _seconds(error.headers.get("Retry-After"))
+            retry_after = _seconds(error.retry_after)
         except (OSError, http.client.HTTPException) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             late = isinstance(reason, TimeoutError)
-            trouble = f"no answer within timeout_seconds={timeout_seconds:g}" if late else _quoted(str(reason))
+            trouble = f"no answer within timeout_seconds={timeout_seconds:g}" if late else quoted(str(reason))
             trouble = trouble or type(reason).__name__
         wait = _FIRST_WAIT_SECONDS * 2 ** (tries - 1) if retry_after is None else retry_after
         if tries > max_retries or stop.wait(min(wait, _MAX_WAIT_SECONDS)):
@@ -192,33 +193,18 @@ def post_json(
     )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follows nothing: the request, and the key with it, is for the server that the settings name."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
 def _ask_once(url: str, data: bytes, api_key: str | None, timeout_seconds: float) -> str:
     headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "diffusion-dpo"}
     request = urllib.request.Request(url, data, headers, method="POST")
     if api_key:
         request.add_unredirected_header("Authorization", f"Bearer {api_key}")
-    deadline = time.monotonic() + timeout_seconds
-    content = bytearray()
-    opener = urllib.request.build_opener(_NoRedirect)
-    with opener.open(request, timeout=timeout_seconds) as response:
-        while chunk := response.read1(2**16):
-            content += chunk
-            if len(content) > MAX_ANSWER_BYTES:
-                raise ConfigError(
-                    f"{url} answered with more than {MAX_ANSWER_BYTES // 2**20} MiB, which is no list of scores; see "
-                    "that `url` is right"
-                )
-            if time.monotonic() > deadline:  # the socket's timeout is one of silence, and a trickle is not silent
-                raise TimeoutError
-        if response.length:
-            raise http.client.IncompleteRead(bytes(content), response.length)
+    try:
+        content = fetch(request, timeout_seconds=timeout_seconds, max_bytes=MAX_ANSWER_BYTES)
+    except TooLargeError:
+        raise ConfigError(
+            f"{url} answered with more than {MAX_ANSWER_BYTES // 2**20} MiB, which is no list of scores; see that "
+            "`url` is right"
+        ) from None
     return _without_key(content.decode("utf-8", errors="replace"), api_key)
 
 
@@ -230,16 +216,7 @@ def _parsed(url: str, text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error) if "is not JSON" in str(error) else "it is not JSON"
-        raise ConfigError(f"cannot use the answer of {url}, {reason}: {_quoted(text) or 'empty'}") from None
-
-
-def _read_error(error: urllib.error.HTTPError, api_key: str | None) -> str:
-    try:
-        return _without_key(error.read(2**16).decode("utf-8", errors="replace"), api_key)
-    except (OSError, http.client.HTTPException):
-        return ""
-    finally:
-        error.close()
+        raise ConfigError(f"cannot use the answer of {url}, {reason}: {quoted(text) or 'empty'}") from None
 
 
 def _without_key(text: str, api_key: str | None) -> str:
@@ -247,8 +224,9 @@ def _without_key(text: str, api_key: str | None) -> str:
     return text.replace(api_key, "[key]") if api_key else text
 
 
-def _quoted(text: str) -> str:
-    return " ".join(text.split())[:_QUOTED_CHARACTERS]
+def quoted(text: str) -> str:
+    """Return the start of what a server said, on one line and without what moves a terminal's cursor."""
+    return plain(" ".join(text[: 10 * _QUOTED_CHARACTERS].split())[:_QUOTED_CHARACTERS])
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -20,7 +20,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.scorers import Metric, Need, ScoreRequest, Scores
 from diffusion_dpo.scorers.answer_log import AnswerLog
-from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png, in_parallel
+from diffusion_dpo.scorers.remote import Refused, RemoteScorer, as_png, in_parallel, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +204,7 @@ class VlmJudge(RemoteScorer):
         points = [parse_points(answers[ask.key]) for ask in asks]
         values = np.array([np.nan if one is None else float(one) for one in points])
         reasons = [
-            f"unparseable: {' '.join(answers[ask.key].split())[:80] or 'an empty answer'}" if one is None else ""
+            f"unparseable: {quoted(answers[ask.key])[:80] or 'an empty answer'}" if one is None else ""
             for ask, one in zip(asks, points, strict=True)
         ]
         return Scores({self.metrics[0].name: values}, tuple(reasons))

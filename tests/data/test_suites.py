@@ -157,7 +157,7 @@ def test_what_is_not_the_suite_leaves_nothing(
 
 def test_a_body_without_an_end_is_not_read_to_it(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suites, "_MOST_BYTES", 8)
-    with pytest.raises(ConfigError, match="8 bytes read"):
+    with pytest.raises(ConfigError, match="more than 8 bytes"):
         suite_files("parti", host=host)
 
 

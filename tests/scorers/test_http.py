@@ -162,33 +162,79 @@ def test_redirects_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not other.asked
 
 
-def test_silence_and_trickles_are_given_up() -> None:
+def test_silence_is_given_up() -> None:
     began = time.monotonic()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ConfigError, match=r"after 2 tries, .* no answer within timeout_seconds=0\.2"):
             _scores(url, timeout_seconds=0.2, max_retries=1)
-    with pytest.raises(ConfigError, match=r"after 1 try: no answer within timeout_seconds=0\.2"):
-        _scores(_trickle(), timeout_seconds=0.2, max_retries=0)
     assert time.monotonic() - began < 3
 
 
-def _trickle() -> str:
-    """A server that says a blank now and then, for minutes."""
+@pytest.mark.parametrize(
+    "first,drop,complaint",
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" ", r"no answer within timeout_seconds=0\.2"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", "no answer within timeout_seconds"),
+        (b"HTTP/1.1 200 OK\r\n", b"X-A: b\r\n", "no answer within timeout_seconds"),
+        (b"", b"H", "no answer within timeout_seconds"),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 100000\r\n\r\nout of luck", b"!", "after 1 try: 500 No"),
+        (b"HTTP/1.1 403 No\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n!\r\n", "refused the request with 403 No"),
+    ],
+    ids=["body", "chunks", "headers", "status line", "error", "refusal"],
+)
+def test_trickles_are_given_up(first: bytes, drop: bytes, complaint: str) -> None:
+    """A blank now and then, for minutes: never silent, and never done."""
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=complaint):
+        _scores(_trickle(first, drop), timeout_seconds=0.2, max_retries=0)
+    assert time.monotonic() - began < 1.5
+
+
+def _trickle(first: bytes, drop: bytes) -> str:
     listening = socket.create_server(("127.0.0.1", 0))
 
     def drip() -> None:
         connection, _ = listening.accept()
-        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
         try:
-            while True:
-                connection.sendall(b" ")
+            connection.sendall(first)
+            for _ in range(500):
+                connection.sendall(drop)
                 time.sleep(0.02)
         except OSError:
-            listening.close()
+            pass
+        connection.close()
+        listening.close()
 
     threading.Thread(target=drip, daemon=True).start()
     return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_name_that_nobody_resolves_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(3))
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="no answer within"):
+        _scores("http://judge.example", timeout_seconds=0.2, max_retries=0)
+    assert time.monotonic() - began < 1.5
+
+
+NOISE = "\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e"
+
+
+@pytest.mark.parametrize("status", [200, 400, 500])
+def test_what_a_server_says_does_not_reach_the_terminal_as_a_command(status: int) -> None:
+    served = serve(lambda body: Reply(f"{NOISE} no {'long ' * 9999}".encode(), status))
+    with pytest.raises(ConfigError, match="no long") as caught:
+        _scores(served, max_retries=0)
+    assert not set(NOISE[1:]) & {"\x1b"} or not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(str(caught.value))
+    assert len(str(caught.value)) < 600
+
+
+def test_reasons_are_kept_short_and_plain() -> None:
+    count = len(LIGHT)
+    served = serve(lambda body: _metrics([None] * count, reasons=[f"{NOISE}too  dark {'x' * 10**5}"] * count))
+    for reason in _scores(served).reasons:
+        assert "too dark" in reason and len(reason) <= 200 and reason.isprintable()
 
 
 def test_a_server_that_breaks_off_is_no_answer() -> None:
