@@ -6,7 +6,6 @@ with the size and sha256 of every file and a hash of itself. Nothing is pickled,
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import warn
-from diffusion_dpo.files import fsync_file, fsync_folder
+from diffusion_dpo.files import put_in_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +43,7 @@ def save(
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".staging-*"):
+    for leftover in (*folder.glob(".staging-*"), *folder.glob(".step-*")):  # of a run that was killed
         shutil.rmtree(leftover)
     staging = folder / f".staging-{uuid.uuid4().hex[:8]}"
     staging.mkdir()
@@ -54,17 +53,11 @@ def save(
             path = staging / f"{name}.safetensors"
             save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
             files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            fsync_file(path)
         manifest = staging / _MANIFEST
         facts = {"step": step, "state": dict(state), "files": files}
         manifest.write_text(json.dumps({**facts, "sha256": _sha256_of_facts(facts)}, indent=2))
-        fsync_file(manifest)
-        fsync_folder(staging)
         final = folder / f"step-{step:08d}"
-        if final.exists():  # a damaged one of the same step, or it would have been resumed from
-            os.replace(final, folder / f".staging-{uuid.uuid4().hex[:8]}")
-        os.replace(staging, final)
-        fsync_folder(folder)
+        put_in_place(staging, final)  # of a damaged one of the same step, or it would have been resumed from
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -92,14 +85,36 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 def load(path: Path) -> Checkpoint:
     """Return one checkpoint; raises ConfigError when its files are not what its manifest says."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     fault = _fault(path)
     if fault:
         raise ConfigError(f"the checkpoint {path} is damaged ({fault})")
     manifest = json.loads((path / _MANIFEST).read_text())
-    parts = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
-    return Checkpoint(manifest["step"], parts, manifest["state"])
+    try:
+        parts = {Path(name).stem: load_file(path / name) for name in manifest["files"]}
+        found = Checkpoint(int(manifest["step"]), parts, dict(manifest["state"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"the checkpoint {path} is damaged ({_first_line(error)})") from error
+    weights = [(name, it) for name, tensors in parts.items() if name != "optimizer" for it in tensors.values()]
+    bad = [name for name, it in weights if not it.isfinite().all()]
+    if bad:
+        raise ConfigError(f"the checkpoint {path} is damaged ({bad[0]} holds numbers that are not finite)")
+    return found
+
+
+def refuse_misfit(found: Checkpoint, expected: Mapping[str, Mapping[str, "Tensor"]], where: Path) -> None:
+    """Raise ConfigError where a checkpoint lacks parts, or tensors of these names and shapes."""
+    for part, tensors in expected.items():
+        shapes = {name: tuple(value.shape) for name, value in found.parts.get(part, {}).items()}
+        for name, tensor in tensors.items():
+            if shapes.get(name) != tuple(tensor.shape):
+                there = shapes.get(name, "nothing")
+                raise ConfigError(
+                    f"the checkpoint of step {found.step} in {where} is not of this model: {part} holds {there} for "
+                    f"{name}, of shape {tuple(tensor.shape)}; move it away"
+                )
 
 
 def _fault(path: Path) -> str:
@@ -112,9 +127,14 @@ def _fault(path: Path) -> str:
         for name, facts in files.items():
             if (path / name).stat().st_size != facts["size"] or _sha256(path / name) != facts["sha256"]:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
     return ""
+
+
+def _first_line(error: Exception) -> str:
+    """Return the start of an error's text, on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _sha256_of_facts(facts: Mapping[str, Any]) -> str:

@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except ConfigError as error:
         return _fail(str(error))
+    except SystemExit as error:  # of a plug-in; with its code, 0 perhaps, nobody would see a failure
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return _fail(
+            f"{Path(place.filename).name} line {place.lineno} ended the program by sys.exit({error.code!r}) before it "
+            "was done. A plug-in returns, or raises an error that says what is wrong"
+        )
     except Exception:  # noqa: BLE001 - the outermost frame: every failure becomes an exit code
         _say_of_failure(traceback.format_exc().rstrip())
         return _fail(

@@ -89,7 +89,7 @@ def resolve(table: str, name: str) -> type:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, AttributeError, TypeError, NameError, ValueError) as error:
+    except (ImportError, SyntaxError, AttributeError, TypeError, NameError, ValueError, SystemExit) as error:
         raise ValueError(f"type {name!r} cannot be imported: {error}") from error
     found = getattr(module, attribute, None)
     if not isinstance(found, type):

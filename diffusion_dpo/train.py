@@ -38,7 +38,7 @@ from diffusion_dpo.training.optimizers import refuse_optimizer
 from diffusion_dpo.training.parallel import gather, refuse_launcher, whole
 from diffusion_dpo.training.previews import preview_if_due
 from diffusion_dpo.training.setup import name_ignored, prepare, refuse_contradictions, refuse_uneven
-from diffusion_dpo.training.state import resume, save
+from diffusion_dpo.training.state import refuse_not_finite_result, resume, save
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +128,7 @@ def _run(
         state.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         trained_to = _train(state, data.prompts[:4])
         with state.as_result():
+            refuse_not_finite_result(state, config.output_dir / "checkpoints")
             gather(state)
             adapter = card.save_model(model, config.output_dir) if processes.is_main else config.output_dir
         num_held_out = len(state.held_out.examples) if state.held_out else 0

@@ -1,13 +1,17 @@
 """A checkpoint is whole or absent, whatever happens while it is written."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
 from diffusion_dpo import checkpoint
+from diffusion_dpo.config import ConfigError
 
 PARTS = {"trained": {"a": torch.arange(6.0).reshape(2, 3)}, "optimizer": {"a:step": torch.tensor(3.0)}}
 
@@ -121,6 +125,52 @@ def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_before_old_ones_
     assert all(before[file.stat().st_ino] == file.stat().st_size for file in path.iterdir())
     assert set(synced) == {tmp_path.stat().st_ino}
     assert not old.exists()
+
+
+def rewritten(path: Path, content: bytes) -> None:
+    """Put something else into a checkpoint, and make its manifest say that it should be so."""
+    file, manifest = path / "trained.safetensors", path / "manifest.json"
+    file.write_bytes(content)
+    facts = json.loads(manifest.read_text())
+    facts["files"][file.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del facts["sha256"]
+    manifest.write_text(json.dumps(facts | {"sha256": checkpoint._sha256_of_facts(facts)}))
+
+
+@pytest.mark.parametrize("content", ["text", "empty", "cut", "not_finite", "step"])
+def test_a_consistent_manifest_does_not_make_it_whole(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+):
+    save(tmp_path, 10, value=1.0)
+    path = save(tmp_path, 20, value=2.0)
+    whole = (path / "trained.safetensors").read_bytes()
+    broken = safetensors.torch.save({"a": torch.full((4,), float("nan"))})
+    rewritten(path, {"text": b"no tensors", "empty": b"", "cut": whole[:-3], "not_finite": broken}.get(content, whole))
+    if content == "step":
+        facts = json.loads((path / "manifest.json").read_text()) | {"step": None}
+        del facts["sha256"]
+        text = json.dumps(facts | {"sha256": checkpoint._sha256_of_facts(facts)})
+        (path / "manifest.json").write_text(text)
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None and found.step == 10
+    assert "step-00000020 is damaged" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match="is damaged"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    ("expected", "says"),
+    [
+        ({"trained": {"b": torch.zeros(4)}}, r"trained holds nothing for b, of shape \(4,\)"),
+        ({"trained": {"a": torch.zeros(5)}}, r"trained holds \(4,\) for a, of shape \(5,\)"),
+        ({"ema": {"a": torch.zeros(4)}}, "ema holds nothing for a"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, expected: dict[str, dict[str, Any]], says: str):
+    found = checkpoint.load(save(tmp_path, 1))
+    with pytest.raises(ConfigError, match=says):
+        checkpoint.refuse_misfit(found, expected, tmp_path)
+    checkpoint.refuse_misfit(found, {"trained": {"a": torch.zeros(4)}}, tmp_path)
 
 
 def test_nothing_is_pickled(tmp_path: Path):

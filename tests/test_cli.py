@@ -293,3 +293,56 @@ def test_public_names_are_there_and_come_late() -> None:
         diffusion_dpo.no_such_name  # noqa: B018
     program = "import sys, diffusion_dpo; assert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+EXITING = """
+import sys
+from diffusion_dpo.losses.dpo import DPO
+from diffusion_dpo.strategies.best_worst import BestWorst
+from diffusion_dpo.scorers.brightness import Brightness
+
+class Loss(DPO):
+    def __call__(self, *arguments, **settings):
+        sys.exit(0)
+
+class Loads(Brightness):
+    def load(self, device):
+        sys.exit(0)
+
+class Scores(Brightness):
+    def score(self, batch):
+        sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("scorer", "says"),
+    [
+        ("Loads", "exiting.py line 13 ended the program by sys.exit(0) before it was done"),
+        ("Scores", "the scorer exiting:Scores fails on every image: SystemExit: 0 (exiting.py line 17)"),
+    ],
+)
+def test_a_scorer_that_exits_has_failed(
+    scorer: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Path("exiting.py").write_text(EXITING)
+    Path("images").mkdir()
+    for number in range(9):
+        Image.new("RGB", (32, 32), (number + 1, 0, 0)).save(f"images/{number}.png")
+    assert main(["score", "path=images", f"scorers=[exiting:{scorer}]", "device=cpu"]) == 2
+    assert says in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "exiting")
+
+
+def test_a_module_that_exits_when_it_is_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("leaving.py").write_text("import sys\nsys.exit(0)\n")
+    for setting in ("scorers=[leaving:A]", "loss.type=leaving:A", "strategy=leaving:A"):
+        verb = {"s": "score", "l": "train"}[setting[0]] if "strategy" not in setting else "pair"
+        assert main([verb, setting]) == 2
+        assert "type 'leaving:A' cannot be imported: 0" in capsys.readouterr().err

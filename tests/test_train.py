@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 from diffusion_dpo import train
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.prompts import prompt_hash
+from diffusion_dpo.data.recognise import settle
 from diffusion_dpo.data.shards import read_rows
 from diffusion_dpo.settings import TrainConfig
+from diffusion_dpo.training import Run
 from tests.runs import MODES, assert_drawn_alike, make_config, read_metrics
 
 
@@ -81,7 +84,7 @@ def test_plain_diffusers_draws_what_training_draws(
 def test_the_run_folder_holds_what_it_promises(tiny_sd: Path, tiny_pairs: Path, tmp_path: Path):
     config = make_config(tiny_sd, tiny_pairs, tmp_path)
     assert train.run(config) == tmp_path / "adapter"
-    assert load(TrainConfig, tmp_path / "config.yaml") == config
+    assert load(TrainConfig, tmp_path / "config.yaml") == settle(config)
     assert json.loads((tmp_path / "environment.json").read_text())["torch"] == importlib.metadata.version("torch")
     card = (tmp_path / "README.md").read_text()
     assert "load_lora_weights" in card and "prompts_path=PROMPTS.txt" in card
@@ -141,3 +144,27 @@ def test_only_what_the_mask_shows_is_learned(tiny_sd: Path, tmp_path: Path):
         row = read_metrics(run_dir)[0]
         differences[name] = abs(row["errors/chosen"] - row["errors/rejected"])
     assert differences["left"] < differences["right"] / 3
+
+
+@pytest.mark.parametrize("ema", [[], ["ema_decay=0.5"]])
+def test_weights_that_broke_after_the_last_checkpoint_are_not_saved(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, ema: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    config = make_config(tiny_sd, tiny_pairs, tmp_path, "max_steps=2", "preview=null", *ema)
+    train.run(config)
+    file = tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+    before, real = file.read_bytes(), train.preview_if_due
+
+    def breaking(run: Run, *arguments: Any, **settings: Any) -> None:
+        real(run, *arguments, **settings)
+        with torch.no_grad():
+            for values in (run.parameters, run.ema.values if run.ema else {}):
+                next(iter(values.values()), torch.zeros(1)).view(-1)[0] = float("nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "preview_if_due", breaking)
+        with pytest.raises(ConfigError, match=r"not finite.* last good checkpoint is .*step-00000002\. The"):
+            train.run(config)
+    assert file.read_bytes() == before
+    train.run(config)
+    assert file.read_bytes() == before

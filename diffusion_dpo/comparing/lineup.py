@@ -1,6 +1,7 @@
 """Who takes part in a comparison: the baseline, the named models, and each of them at several strengths."""
 
 import hashlib
+import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from diffusion_dpo.comparing import Compared
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.prompts import Prompt, prompt_hash
-from diffusion_dpo.files import read_manifest
+from diffusion_dpo.files import put_in_place, read_manifest
 from diffusion_dpo.models.adapters import find_adapter
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE
@@ -120,7 +121,10 @@ def _write_adapter(config: CompareConfig, checkpoint: Path) -> None:
     folder = _adapter_of(config, checkpoint)
     if not folder.exists():
         say(f"{checkpoint}: written as an adapter, {folder}")
-        save_result(checkpoint, folder)
+        staging = config.output_dir / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+        save_result(checkpoint, staging)
+        folder.parent.mkdir(exist_ok=True)
+        put_in_place(staging, folder)
 
 
 def _adapter_of(config: CompareConfig, checkpoint: Path) -> Path:

@@ -4,6 +4,7 @@ A start that finds an index decodes nothing, and keeps nothing of a pair in memo
 says what was indexed and in which state; a folder is written whole or not at all.
 """
 
+import errno
 import hashlib
 import json
 import shutil
@@ -11,7 +12,6 @@ import uuid
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from diffusion_dpo.console import say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.lazy import LazySequence
 from diffusion_dpo.data.prompts import prompt_key
-from diffusion_dpo.files import fsync_file, fsync_folder, write_json
+from diffusion_dpo.files import put_in_place, write_json
 
 _VERSION = 1
 """Of these files, and of what a survey drops: another one looks at the data again."""
@@ -212,12 +212,11 @@ class Collected:
         staged = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
         try:
             shutil.copytree(self.folder, staged)
-            for path in staged.iterdir():
-                fsync_file(path)
-            shutil.rmtree(target, ignore_errors=True)
-            with suppress(OSError):  # another run with the same data put its own there: as good as ours
-                staged.rename(target)
-            fsync_folder(index_dir)
+            try:
+                put_in_place(staged, target)
+            except OSError as error:  # another run with the same data put its own there: as good as ours
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 

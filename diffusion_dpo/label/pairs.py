@@ -1,6 +1,5 @@
 """Votes -> preference pairs that `train` reads."""
 
-import os
 import shutil
 import uuid
 from collections import Counter, defaultdict
@@ -10,7 +9,7 @@ from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.pairs import pair_row
 from diffusion_dpo.data.rows import pair_id
 from diffusion_dpo.data.shards import PAIRS, write_shard
-from diffusion_dpo.files import fsync_folder, write_json
+from diffusion_dpo.files import put_in_place, write_json
 from diffusion_dpo.label.items import IMAGES, Item
 from diffusion_dpo.label.study import Study
 
@@ -38,13 +37,11 @@ def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
         else:
             decided.append((study.items[item_id], outcome))
     target = folder / FOLDER
-    for left in folder.glob(".pairs-*"):  # of a run that was killed
-        shutil.rmtree(left)
     if not decided:
         if target.exists():  # of votes that were taken back
             shutil.rmtree(target)
         return target, 0, dict(drops)
-    staging = folder / f".pairs-{uuid.uuid4().hex[:8]}"
+    staging = folder / f".{FOLDER}.{uuid.uuid4().hex[:8]}.partial"
     staging.mkdir()
     for number, start in enumerate(range(0, len(decided), _PAIRS_PER_SHARD)):
         part = decided[start : start + _PAIRS_PER_SHARD]
@@ -52,12 +49,7 @@ def write_pairs(study: Study, folder: Path) -> tuple[Path, int, dict[str, int]]:
         write_shard(staging / f"pairs-{number:05d}.parquet", rows, PAIRS)
     facts = {"made_by": "label", "complete": True, "num_pairs": len(decided), "drops": dict(drops)}
     write_json(staging / "manifest.json", facts | {"labels": study.config.labels, "labelled_by": ["human"]})
-    if target.exists():
-        os.replace(target, staging.with_name(f"{staging.name}-old"))
-    os.replace(staging, target)
-    fsync_folder(folder)
-    for left in folder.glob(".pairs-*"):
-        shutil.rmtree(left)
+    put_in_place(staging, target)
     return target, len(decided), dict(drops)
 
 

@@ -119,7 +119,7 @@ class Judge:
                 ) from None
         except ConfigError:
             raise
-        except Exception as error:  # noqa: BLE001 - a scorer is anybody's code, and one odd image must not end the run
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - anybody's code, and one odd image must not end the run
             return self._spare_the_others(batch, error)
         torch.cuda.empty_cache()
         self.batch_size = len(batch) // 2
@@ -139,7 +139,7 @@ class Judge:
         self.has_answered = True
         return _checked(self.scorer, scores, len(batch))
 
-    def _spare_the_others(self, batch: Sequence[ScoreRequest], error: Exception) -> Scores:
+    def _spare_the_others(self, batch: Sequence[ScoreRequest], error: BaseException) -> Scores:
         """Judge one by one the images of a batch on which a scorer raised; those that it raises on again are NaN.
 
         Raises ConfigError where it is not the images: many are tried, and none can be judged.
@@ -155,14 +155,14 @@ class Judge:
             return self._ask([request])
         except ConfigError:
             raise
-        except Exception as error:  # noqa: BLE001 - as above
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
             return self._failure(error)
 
-    def _failure(self, error: Exception) -> Scores:
+    def _failure(self, error: BaseException) -> Scores:
         return Scores({metric.name: np.full(1, np.nan) for metric in self.scorer.metrics}, (FAILED + _said(error),))
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """What was raised, and where."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())[:200]

@@ -25,8 +25,7 @@ def save(run: Run, folder: Path, step: int) -> None:
     """Write a checkpoint, of the state after `step` steps; raises ConfigError when its weights are not finite."""
     import torch
 
-    sizes = [whole(size) for size in torch._foreach_norm(list(run.parameters.values()), math.inf)]
-    if not torch.stack(sizes).max().isfinite():
+    if not is_finite(run):
         raise ConfigError(
             f"after step {step} the weights are not finite, so nothing was saved: learning_rate="
             f"{run.config.learning_rate:g} is too large"
@@ -55,6 +54,26 @@ def save(run: Run, folder: Path, step: int) -> None:
     run.processes.wait()  # nobody goes on, or leaves, before it is whole
 
 
+def is_finite(run: Run) -> bool:
+    """Whether all weights are finite; every process has to call this."""
+    import torch
+
+    sizes = [whole(size) for size in torch._foreach_norm(list(run.parameters.values()), math.inf)]
+    return bool(torch.stack(sizes).max().isfinite())
+
+
+def refuse_not_finite_result(run: Run, folder: Path) -> None:
+    """Raise ConfigError, naming the last good checkpoint, where what would be the result is not finite."""
+    if is_finite(run):
+        return
+    last = max(folder.glob("step-*"), default=None)
+    good = "there is no checkpoint" if last is None else f"the last good checkpoint is {last}"
+    raise ConfigError(
+        f"the trained weights are not finite, so nothing was saved in the place of what was there; {good}. The same "
+        "command goes on from it; if it ends here again, lower learning_rate"
+    )
+
+
 def resume(run: Run, folder: Path) -> int:
     """Load the newest whole checkpoint into the run; return its step, 0 for a fresh start.
 
@@ -77,6 +96,8 @@ def resume(run: Run, folder: Path) -> int:
             f"the checkpoint of step {found.step} in {folder} was saved by another run, with other settings, data or "
             "weights; move it away to go on from the one before it"
         )
+    averages = {part: average.values for part, average in _averages(run).items()}
+    checkpoint.refuse_misfit(found, {"trained": run.parameters, "optimizer": {}, **averages}, folder)
     optimizer: dict[str, Any] = {**found.parts["optimizer"], **found.state["optimizer"]}
     with torch.no_grad():
         for name, parameter in run.parameters.items():
@@ -124,11 +145,12 @@ def save_result(folder: Path, output_dir: Path) -> Path:
 
     config = settings_of(folder)
     found = checkpoint.load(folder)
-    values = found.parts.get("ema") or found.parts["trained"]
     model = cast(DiffusionModel, config.model).load(device=torch.device("cpu"), dtype=torch.float32, seed=config.seed)
+    part = "ema" if "ema" in found.parts else "trained"
+    checkpoint.refuse_misfit(found, {part: model.trainable()}, folder.parent)
     with torch.no_grad():
         for name, parameter in model.trainable().items():
-            put(parameter, values[name])
+            put(parameter, found.parts[part][name])
     output_dir.mkdir(parents=True, exist_ok=True)
     return card.save_model(model, output_dir)
 

@@ -188,7 +188,7 @@ def test_a_failed_save_leaves_nothing(source: PairsData, tmp_path: Path, monkeyp
 
     found = survey(source)
     with monkeypatch.context() as patch:
-        patch.setattr("diffusion_dpo.data.index.fsync_file", fail)
+        patch.setattr("diffusion_dpo.files.fsync_file", fail)
         with pytest.raises(OSError, match="no space"):
             found.save(tmp_path / "index")
     assert list((tmp_path / "index").iterdir()) == []
