@@ -1,6 +1,7 @@
 """`export --check FILE`: what a file is, whether each of its layers finds its place, and what it changes."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,19 +9,21 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.device import pick_device
 from diffusion_dpo.exporting.adapter import load_single_file
-from diffusion_dpo.exporting.facts import FileFacts, read_facts, shown, shown_metadata, span
-from diffusion_dpo.exporting.lora import Layers, read_layers, require_complete, text_path
 from diffusion_dpo.exporting.probe import Probe, changes, does_something
+from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
 from diffusion_dpo.exporting.source import Base, find_base
-from diffusion_dpo.models.adapters import AdapterKind, add_adapter, find_adapter, refuse_other_interface
+from diffusion_dpo.models.adapters import locate_adapter, refuse_other_interface, replace_unet
+from diffusion_dpo.models.lora_file import Layers, Lora, place, read_lora
+from diffusion_dpo.models.lora_layers import added, parts_of
 from diffusion_dpo.models.pipeline import load_base
+from diffusion_dpo.models.safetensors_file import FileFacts, read_facts, shown, shown_metadata
 from diffusion_dpo.settings import CheckConfig
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-_ALPHA_TOLERANCE = 1e-3
-"""Relative: what a half-precision alpha is rounded by."""
+
+_PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
 def run(config: CheckConfig) -> None:
@@ -33,47 +36,38 @@ def run(config: CheckConfig) -> None:
         return
     facts = read_facts(config.path) if config.path.is_file() else None
     if facts is not None and facts.is_checkpoint:
-        say(f"{config.path}: a single-file checkpoint of {len(facts.shapes)} tensors, for {facts.family}")
+        family = facts.family or "an unknown family"
+        say(f"{config.path}: a single-file checkpoint of {len(facts.shapes)} tensors, for {family}")
         _say_metadata(facts)
         _check_checkpoint(config, base)
         return
-    kind, where = find_adapter(config.path)
-    if kind == "lora":
-        facts = read_facts(where)
-        _describe_lora(where, facts)
-    else:
+    kind, where = locate_adapter(config.path)
+    if kind == "unet":
         say(f"{where}: a whole UNet, in the place of the base's")
+    else:
+        lora = read_lora(where)
+        _describe_lora(lora)
     if base is None:
         say("give pretrained=..., the model that it was made for, to see whether it fits and what it changes")
-        return
-    _check_adapter(config, kind, where, facts, base)
+    elif kind == "unet":
+        _check_unet(config, where, base)
+    else:
+        _check_lora(config, lora, base)
 
 
-def _describe_lora(file: Path, facts: FileFacts) -> None:
-    if not facts.is_lora:
-        first = next(iter(facts.shapes), None)
-        raise ConfigError(f"{file} is no LoRA and no checkpoint: it holds {shown(first) if first else 'no tensors'}")
-    ranks = facts.ranks
-    parts = Counter(_part(name) for name in ranks)
-    where = ", ".join(f"{count} of the {part}" for part, count in sorted(parts.items(), reverse=True))
+def _describe_lora(lora: Lora) -> None:
+    facts = lora.facts
+    parts = Counter(facts.parts.values())
+    where = ", ".join(f"{parts[part]} of the {name}" for part, name in _PARTS.items() if parts[part])
+    kind = "LoRA" if facts.is_plain else "DoRA, or a LoRA with biases,"
     say(
-        f"{file}: a LoRA in {facts.naming} naming, for {facts.family}; {len(ranks)} layers: {where}; "
-        f"rank {span(ranks)}"
+        f"{facts.file}: a {kind} in {facts.naming} naming, for {facts.family}; {len(facts.tensors)} layers: {where}; "
+        f"rank {_span(facts.ranks)}"
     )
-    _say_metadata(facts)
-    if facts.naming == "transformer":
-        raise ConfigError(f"{file} is for a model with a transformer (Flux, Stable Diffusion 3, ...), not for a UNet")
-    if facts.naming == "peft":
-        raise ConfigError(
-            f"{file} has the names that peft gives to a bare model, without unet. in front: diffusers, ComfyUI and "
-            "A1111 find none of its layers. Save it with save_lora_weights of its diffusers pipeline"
-        )
-
-
-def _part(name: str) -> str:
-    if name.startswith(("lora_te2_", "text_encoder_2.")):
-        return "second text encoder"
-    return "text encoder" if name.startswith(("lora_te", "text_encoder.")) else "UNet"
+    _say_metadata(facts.facts)
+    _say_alphas(lora)
+    if facts.naming != "kohya":
+        say("ComfyUI may not know these names; export format=kohya writes a file for it, A1111 and Forge")
 
 
 def _say_metadata(facts: FileFacts) -> None:
@@ -88,18 +82,27 @@ def _load(config: CheckConfig, base: Base) -> "DiffusionPipeline":
     return load_base(base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32)
 
 
-def _check_adapter(config: CheckConfig, kind: AdapterKind, where: Path, facts: FileFacts | None, base: Base) -> None:
+def _check_unet(config: CheckConfig, where: Path, base: Base) -> None:
     pipeline = _load(config, base)
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
-    add_adapter(pipeline, where)
-    if kind == "lora":
-        assert facts is not None
-        layers = read_layers(pipeline, "adapter")
-        require_complete(where, layers)
-        _say_targets(layers)
-        _check_alpha(where, facts, layers)
+    replace_unet(pipeline, where)
     _say_changes(where, changes(before, probe.ask(pipeline)), base)
+
+
+def _check_lora(config: CheckConfig, lora: Lora, base: Base) -> None:
+    """Measure what a LoRA file says, its weights added to those of the base, and what diffusers makes of the file."""
+    pipeline = _load(config, base)
+    layers = place(lora, parts_of(pipeline))
+    probe = Probe.of(pipeline)
+    before = probe.ask(pipeline)
+    with added(parts_of(pipeline), layers):
+        after = probe.ask(pipeline)
+    _say_targets(layers)
+    _say_changes(lora.facts.file, changes(before, after), base)
+    public = as_diffusers_loads(lora.facts.file, pipeline, probe)
+    if wrong := where_it_differs(lora.facts.file, public, before, after):
+        warn(f"{wrong}; export it with format=diffusers or kohya for a file that every program takes alike")
 
 
 def _say_targets(layers: Layers) -> None:
@@ -107,22 +110,16 @@ def _say_targets(layers: Layers) -> None:
     say(f"every layer finds its place; they are on {', '.join(targets)}")
 
 
-def _check_alpha(file: Path, facts: FileFacts, layers: Layers) -> None:
-    loaded = {f"{part}.{path}": layer.alpha for part, of_part in layers.items() for path, layer in of_part.items()}
-    written = _written_alphas(file, layers)
-    if not written and "lora_adapter_metadata" not in facts.metadata:
+def _say_alphas(lora: Lora) -> None:
+    alphas, without = {name: layer.alpha for name, layer in lora.layers.items()}, lora.facts.without_alpha
+    say(f"  alpha {_span(alphas)}")
+    if len(without) == len(alphas):
         warn("the file does not say its alpha; programs take the rank, and if it was another, the strength is wrong")
-    say(f"alpha {span(written or loaded)}")
-    claimed = facts.metadata.get("ss_network_alpha", "")
-    if _is_number(claimed) and any(f"{value:g}" != f"{float(claimed):g}" for value in written.values()):
-        warn(f"the header says alpha {shown(claimed)}, the weights {span(written)}; programs go by the weights")
-    for name, value in written.items():
-        if abs(loaded[name] - value) > _ALPHA_TOLERANCE * abs(value):
-            warn(
-                f"diffusers loads {name} with alpha {loaded[name]:g} instead of {value:g}, as it does where layers "
-                "have different ones; ComfyUI and A1111 read each layer's own"
-            )
-            break
+    elif without:
+        warn(f"{len(without)} of {len(alphas)} layers have no alpha, e.g. {shown(without[0])}; programs take the rank")
+    claimed = lora.facts.facts.metadata.get("ss_network_alpha", "")
+    if _is_number(claimed) and any(f"{value:g}" != f"{float(claimed):g}" for value in alphas.values()):
+        warn(f"the header says alpha {shown(claimed)}, the weights {_span(alphas)}; programs go by the weights")
 
 
 def _is_number(text: str) -> bool:
@@ -134,21 +131,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _written_alphas(file: Path, layers: Layers) -> dict[str, float]:
-    """Return the alphas that a file in kohya's naming has for layers whose path it names."""
-    from safetensors import safe_open
-
-    prefixes = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
-    alphas = {}
-    with safe_open(file, framework="pt") as tensors:
-        names = set(tensors.keys())
-        for part, of_part in layers.items():
-            for path in of_part:
-                name = (path if part == "unet" else text_path(path)).replace(".", "_")
-                for prefix in prefixes[part]:
-                    if f"{prefix}{name}.alpha" in names:
-                        alphas[f"{part}.{path}"] = float(tensors.get_tensor(f"{prefix}{name}.alpha"))
-    return alphas
+def _span(numbers: Mapping[str, float]) -> str:
+    """Return the values of layers in words: one number, or the most frequent with the range."""
+    counts = Counter(numbers.values())
+    often, _ = counts.most_common(1)[0]
+    return f"{often:g}" if len(counts) == 1 else f"{often:g} mostly ({min(counts):g} to {max(counts):g})"
 
 
 def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.images import middle_square
-from diffusion_dpo.models.adapters import LORA_FILE, add_adapter, find_adapter
+from diffusion_dpo.models.adapters import adapter_files, add_adapter, find_adapter
 from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.models.requirements import with_schedule
 from diffusion_dpo.settings import ImageModel, Sampling
@@ -50,6 +51,8 @@ def image_seed(base_seed: int, prompt_id: str, index: int) -> int:
 
 def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dtype") -> "DiffusionPipeline":
     """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
+    if model.adapter_path is not None:
+        find_adapter(model.adapter_path)  # before gigabytes are loaded
     pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
     if model.adapter_path is not None:
         add_adapter(pipeline, model.adapter_path, scale=model.adapter_scale)
@@ -62,7 +65,7 @@ def weights_hash(model: ImageModel) -> str:
     if model.pretrained == "pocket":
         roots = [POCKET_DIR]
     if model.adapter_path is not None:
-        roots.append(find_adapter(model.adapter_path)[1])
+        roots += adapter_files(model.adapter_path)
     return _hash_of(roots)
 
 
@@ -76,7 +79,7 @@ def identity_of(model: ImageModel) -> dict[str, Any]:
 
 def adapter_hash(path: Path) -> str:
     """Hash the files of an adapter alone, whatever model it is for."""
-    return _hash_of([find_adapter(path)[1]])
+    return _hash_of(adapter_files(path))
 
 
 def _hash_of(roots: Sequence[Path]) -> str:

@@ -16,27 +16,18 @@ from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.device import pick_device
 from diffusion_dpo.exporting import ldm
-from diffusion_dpo.exporting.header import (
-    generation,
-    kohya_header,
-    lora_settings,
-    model_header,
-    write_safetensors,
-)
-from diffusion_dpo.exporting.lora import (
-    PARTS,
-    Layers,
-    as_diffusers,
-    as_kohya,
-    common_alpha,
-    read_layers,
-    require_complete,
-)
+from diffusion_dpo.exporting.header import generation, kohya_header, model_header
+from diffusion_dpo.exporting.lora import as_kohya, common_alpha
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
+from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
-from diffusion_dpo.models.adapters import LORA_FILE, AdapterKind, add_adapter, quiet
+from diffusion_dpo.models.adapters import AdapterKind, quiet, replace_unet
+from diffusion_dpo.models.lora_file import PARTS, Layers, place, read_lora
+from diffusion_dpo.models.lora_layers import add_to_weights, parts_of
+from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
+from diffusion_dpo.models.safetensors_file import write_safetensors
 from diffusion_dpo.sampling import adapter_hash, identity_of
 from diffusion_dpo.settings import ExportConfig, ImageModel
 from diffusion_dpo.settings.sharing import LORA_FORMATS
@@ -54,7 +45,10 @@ _ROUNDING_TO_MENTION, _ROUNDING_TO_REFUSE = 0.1, 0.5
 
 @dataclass(frozen=True)
 class _Tuned:
-    """The model in memory: what its parts answer without and with the adapter, and what the adapter adds."""
+    """The model in memory: what its parts answer without and with the adapter, and what a LoRA adds.
+
+    What is expected of a LoRA is the arithmetic of its file: B A alpha / r, added to the weights.
+    """
 
     probe: Probe
     base: Answers
@@ -142,7 +136,7 @@ def _make(config: ExportConfig, kind: AdapterKind, where: Path, base: Base, name
         tuned = _tune(config, kind, where, pipeline)
         if config.format not in LORA_FORMATS:
             with quiet():
-                tuned = _as_plain_weights(config, kind, pipeline, tuned)
+                tuned = _rounded(config, pipeline, tuned)
         advance(1, "the adapter")
         with quiet():
             _write(config, pipeline, tuned.layers, staging, name, base)
@@ -192,28 +186,48 @@ def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
 def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "DiffusionPipeline") -> _Tuned:
     probe = Probe.of(pipeline)
     base = probe.ask(pipeline)
-    add_adapter(pipeline, where, scale=config.adapter_scale)
-    layers = read_layers(pipeline, "adapter")
-    if kind == "lora":
-        require_complete(where, layers)
+    layers: Layers = {}
+    if kind == "unet":
+        replace_unet(pipeline, where)
+    else:
+        layers = place(read_lora(where), parts_of(pipeline))
+        if config.format not in LORA_FORMATS:
+            _refuse_new_biases(pipeline, layers)
+        public = as_diffusers_loads(where, pipeline, probe)
+        add_to_weights(parts_of(pipeline), layers, scale=config.adapter_scale)
+        layers = {
+            part: {path: replace(layer, alpha=layer.alpha * config.adapter_scale) for path, layer in of_part.items()}
+            for part, of_part in layers.items()
+        }
     expected = probe.ask(pipeline)
     if not does_something(changes(base, expected)):
         raise ConfigError(
             f"{config.adapter_path} does nothing: with it, the model computes the same as without (adapter_scale="
             f"{config.adapter_scale:g}). Was it saved before training, or was the learning rate too low?"
         )
+    if kind == "lora" and config.adapter_scale == 1 and (wrong := where_it_differs(where, public, base, expected)):
+        warn(f"{wrong}; what is written here is right")
     return _Tuned(probe, base, expected, layers)
 
 
-def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "DiffusionPipeline", tuned: _Tuned) -> _Tuned:
-    """Merge the adapter, and round all weights as they will be written; what the model answers then is expected.
+def _refuse_new_biases(pipeline: "DiffusionPipeline", layers: Layers) -> None:
+    """Raise ConfigError where a LoRA brings biases for layers that have none, which whole weights have no place for."""
+    for part, of_part in layers.items():
+        for path, layer in of_part.items():
+            if layer.bias is not None and pipeline.components[part].get_submodule(path).bias is None:
+                raise ConfigError(
+                    f"this LoRA cannot be merged: it has a bias for {part}.{path}, which has none; format=diffusers "
+                    "keeps it as it is"
+                )
+
+
+def _rounded(config: ExportConfig, pipeline: "DiffusionPipeline", tuned: _Tuned) -> _Tuned:
+    """Round all weights as they will be written; what the model answers then is expected.
 
     Rounding is no mistake, but it moves the whole model: how far, compared with the adapter, is said or refused.
     """
     import torch
 
-    if kind == "lora":
-        _merge(pipeline, tuned)
     if config.dtype == "fp32":
         return tuned
     for dtype in (_dtype(config), torch.float32):
@@ -227,20 +241,6 @@ def _as_plain_weights(config: ExportConfig, kind: AdapterKind, pipeline: "Diffus
     if share > _ROUNDING_TO_MENTION:
         warn(f"{moves}; see dtype=fp32")
     return replace(tuned, expected=rounded)
-
-
-def _merge(pipeline: "DiffusionPipeline", tuned: _Tuned) -> None:
-    """Add the LoRA into the weights; raises ConfigError where that cannot be, or gives another model."""
-    try:
-        pipeline.fuse_lora(components=list(tuned.layers))
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"this LoRA cannot be merged: {first_sentence(error)}. format=diffusers keeps it as it is"
-        ) from error
-    pipeline.unload_lora_weights()
-    wrong = difference(tuned.base, tuned.expected, tuned.probe.ask(pipeline), tolerance=_TOLERANCE)
-    if wrong is not None:
-        raise ConfigError(f"with its LoRA merged, this is not the same model: {wrong}. Nothing was kept")
 
 
 def _cast(pipeline: "DiffusionPipeline", dtype: "torch.dtype") -> None:
@@ -261,7 +261,7 @@ def _write(
     if config.format in LORA_FORMATS:
         header = model_header(pipeline, name, lora=True)
         every = [layer for of_part in layers.values() for layer in of_part.values()]
-        ranks, alphas = [layer.rank for layer in every], [layer.alpha for layer in every]
+        ranks, alphas = [layer.rank for layer in every], [float(layer.rank) for layer in every]
         if config.format == "kohya":  # in whose names all layers of a part have one
             alphas = [common_alpha(of_part) for of_part in layers.values()]
         header |= kohya_header(pipeline, ranks, alphas, name=name, base=public_name(base.pretrained))
@@ -269,8 +269,7 @@ def _write(
             weights = as_kohya(layers, dtype, two_encoders=generation(pipeline) == "xl")
             write_safetensors(staging / f"{name}.safetensors", weights, header)
         else:
-            weights, settings = as_diffusers(layers, dtype)
-            write_safetensors(staging / LORA_FILE, weights, header | lora_settings(settings))
+            write_lora(staging / LORA_FILE, layers, dtype, header)
         return
     _cast(pipeline, dtype)
     if config.format == "merged":
@@ -348,7 +347,7 @@ def _dtype(config: ExportConfig) -> "torch.dtype":
 
 
 def _say_verified(moved: dict[str, float], off: dict[str, float]) -> None:
-    say("verified by loading it with diffusers, against the model in memory:")
+    say("verified: loaded by diffusers, it computes what the weights of the adapter say:")
     for part, change in moved.items():
         if not change and not off[part]:
             continue  # the adapter is not for it
@@ -366,6 +365,8 @@ def _say_how_to_use(config: ExportConfig, base: Base, name: str) -> None:
         )
     else:
         say(f"{config.format}: {config.output_dir}")
+    if config.format == "diffusers":
+        say("ComfyUI does not know these names; format=kohya writes a file for it, A1111 and Forge")
     if config.format != "merged":
         path = config.output_dir / LORA_FILE if config.format == "diffusers" else file
         settings = {"pretrained": base.pretrained, "revision": base.revision, "variant": base.variant}

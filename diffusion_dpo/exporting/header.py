@@ -4,21 +4,16 @@ Programs show these, sort files by them, and pick a base model by them. Nothing 
 the files lay: the same export is the same bytes.
 """
 
-import hashlib
-import json
-import struct
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.exporting.lora import whole
 from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.safetensors_file import HASH
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-    from torch import Tensor
 
-_HASH = "modelspec.hash_sha256"
 _ARCHITECTURES = {"xl": "stable-diffusion-xl-v1-base", "v2": "stable-diffusion-v2", "v1": "stable-diffusion-v1"}
 _OPEN_CLIP_WIDTH = 1024
 
@@ -47,7 +42,7 @@ def model_header(pipeline: "DiffusionPipeline", title: str, *, lora: bool) -> di
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if predicts == "v_prediction" else predicts,
         **({} if side is None else {"modelspec.resolution": f"{side}x{side}"}),
-        _HASH: "0x" + "0" * 64,
+        HASH: "0x" + "0" * 64,
     }
 
 
@@ -67,31 +62,6 @@ def kohya_header(
         "ss_output_name": name,
         "ss_sd_model_name": base,
     }
-
-
-def write_safetensors(path: Path, weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
-    """Write a file with its metadata in order, and the hash of all its tensors' bytes where there is a place for it.
-
-    safetensors writes the entries in another order every time, so the header is written again, in as many bytes.
-    """
-    from safetensors.torch import save_file
-
-    save_file(dict(weights), path, metadata=dict(metadata))
-    with path.open("rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        filled = dict(metadata) | ({_HASH: f"0x{digest}"} if _HASH in metadata else {})
-        header["__metadata__"] = dict(sorted(filled.items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= length
-        file.seek(8)
-        file.write(text.ljust(length))
-
-
-def lora_settings(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return the entry that diffusers reads peft's settings from: the only place where its files keep alpha."""
-    return {"lora_adapter_metadata": json.dumps(settings, indent=2, sort_keys=True)}
 
 
 def _one(values: Sequence[Any]) -> str:

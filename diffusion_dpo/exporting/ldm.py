@@ -8,29 +8,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.exporting.lora import text_path
+from diffusion_dpo.models.lora_write import text_path
+from diffusion_dpo.models.original_names import unet_names
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from torch import Tensor
 
-_UNET_ENDS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP = {
     "layer_norm1": "ln_1",
@@ -52,7 +36,7 @@ def single_file(pipeline: "DiffusionPipeline") -> dict[str, "Tensor"]:
 
     Raises ConfigError for a model with layers that the original layout has no name for.
     """
-    weights = _rename(pipeline.unet, _unet_names(pipeline.unet), "model.diffusion_model.")
+    weights = _rename(pipeline.unet, unet_names(pipeline.unet), "model.diffusion_model.")
     weights |= {
         key: value[:, :, None, None] if ".attn_1." in key and value.ndim == 2 else value
         for key, value in _rename(pipeline.vae, _vae_names(pipeline.vae), "first_stage_model.").items()
@@ -78,44 +62,6 @@ def _rename(model: Any, names: dict[str, str], prefix: str) -> dict[str, "Tensor
             )
         renamed[f"{prefix}{names[path]}{key[len(path) :]}"] = value
     return renamed
-
-
-def _unet_names(unet: "UNet2DConditionModel") -> dict[str, str]:
-    """Return the original path of every layer of a UNet; of its transformers, that of the whole."""
-    names = dict(_UNET_ENDS)
-    number = 1
-    for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            names |= _stage(f"down_blocks.{i}", j, f"input_blocks.{number}", block)
-            number += 1
-        if block.downsamplers:
-            names[f"down_blocks.{i}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
-            number += 1
-    for j in range(len(unet.mid_block.resnets)):
-        names |= _resnet(f"mid_block.resnets.{j}", f"middle_block.{2 * j}")
-        names[f"mid_block.attentions.{j}"] = f"middle_block.{2 * j + 1}"
-    number = 0
-    for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            names |= _stage(f"up_blocks.{i}", j, f"output_blocks.{number}", block)
-            number += 1
-        if block.upsamplers:
-            place = 2 if _has_attention(block) else 1
-            names[f"up_blocks.{i}.upsamplers.0.conv"] = f"output_blocks.{number - 1}.{place}.conv"
-    return names
-
-
-def _stage(block_name: str, j: int, original: str, block: Any) -> dict[str, str]:
-    names = _resnet(f"{block_name}.resnets.{j}", f"{original}.0")
-    return names | ({f"{block_name}.attentions.{j}": f"{original}.1"} if _has_attention(block) else {})
-
-
-def _has_attention(block: Any) -> bool:
-    return bool(getattr(block, "has_cross_attention", False))
-
-
-def _resnet(ours: str, original: str) -> dict[str, str]:
-    return {f"{ours}.{here}": f"{original}.{there}" for here, there in _UNET_RESNET.items()}
 
 
 def _vae_names(vae: "AutoencoderKL") -> dict[str, str]:

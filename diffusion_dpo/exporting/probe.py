@@ -119,12 +119,17 @@ def difference(base: Answers, expected: Answers, found: Answers, *, tolerance: f
     """
     effect, error = changes(base, expected), changes(expected, found)
     for part, off in error.items():
-        allowed = tolerance * effect[part] + (1.0 if part == "image" else _ROUNDING)
+        allowed = tolerated(part, effect[part], tolerance)
         if not off <= allowed:  # NaN, too
             unit = "levels of 255" if part == "image" else "of its output"
             share = f", {off / effect[part]:.0%} of what the adapter changes" if effect[part] > _NOTHING else ""
             return f"the {part.replace('_', ' ')} is off by {off:.2g} {unit}{share}; {allowed:.2g} is allowed"
     return None
+
+
+def tolerated(part: str, effect: float, tolerance: float) -> float:
+    """Return by how much a part's answer may be off, where the adapter changes it by `effect`."""
+    return tolerance * effect + (1.0 if part == "image" else _ROUNDING)
 
 
 def _encode(pipeline: "DiffusionPipeline", prompts: list[str]) -> tuple[Any, Any]:

@@ -2,17 +2,31 @@
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from diffusion_dpo.config import Config, ConfigError
-from diffusion_dpo.models import DiffusionModel, LoadedModel, adapters, fused_lora
+from diffusion_dpo.console import warn
+from diffusion_dpo.models import DiffusionModel, LoadedModel, fused_lora
 from diffusion_dpo.models.base import BaseFacts, native_side_px, read_base
+from diffusion_dpo.models.lora_layers import (
+    DEFAULT_TARGETS,
+    add_to_weights,
+    add_trained,
+    keep_only,
+    only,
+    parts_of,
+    peft_layers,
+    put_on,
+    read_back,
+    train_only,
+)
+from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
 from diffusion_dpo.models.pipeline import (
     POCKET_DIR,
     content_hash,
@@ -21,6 +35,7 @@ from diffusion_dpo.models.pipeline import (
     load_facts,
 )
 from diffusion_dpo.models.requirements import require_trainable, with_schedule
+from diffusion_dpo.models.start import Start, refuse_start
 from diffusion_dpo.settings import PredictionType
 
 if TYPE_CHECKING:
@@ -29,18 +44,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TRAINED, _START = "default", "start"
-"""The LoRA that is trained, and the one that it may start from, by peft's names."""
+"""The LoRA that is trained, and as it was at first, by peft's names; the latter is there where it began as another."""
 
 
 class Lora(Config):
     """Low-rank adapters on the UNet (arXiv 2106.09685), through peft."""
 
-    rank: int = Field(8, ge=1)
-    """Rank of the update."""
+    rank: int | None = Field(None, ge=1)
+    """Rank of the update; null means 8, or those of the LoRA that training starts from, which are never lowered."""
     alpha: float | None = Field(None, gt=0)
     """The update is scaled by alpha / rank; null means alpha = rank."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Name endings of the layers that get an adapter; linear layers and convolutions."""
+    targets: tuple[str, ...] | None = None
+    """Name endings of the layers that get an adapter, linear layers and convolutions, beside those of the LoRA that
+    training starts from; null means to_q, to_k, to_v and to_out.0, or those of that LoRA alone."""
 
 
 class UNetDiffusion(DiffusionModel):
@@ -56,7 +72,8 @@ class UNetDiffusion(DiffusionModel):
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
     adapter_path: Path | None = None
-    """LoRA folder or file, `unet/` folder, or run folder that training starts from; it is part of the reference."""
+    """LoRA folder or file, `unet/` folder, or run folder that training starts from. The reference is the model with
+    it; a LoRA is trained on, and what it has for the text encoders stays as it is."""
     lora: Lora | None = Lora()
     """LoRA settings; null fine-tunes the whole UNet."""
 
@@ -65,7 +82,7 @@ class UNetDiffusion(DiffusionModel):
         import torch
 
         if self.adapter_path is not None:
-            adapters.find_adapter(self.adapter_path)  # before gigabytes are loaded
+            refuse_start(self.adapter_path, whole_unet=self.lora is None)  # before gigabytes are loaded
         return load_facts(
             self.read_base(),
             revision=self.revision,
@@ -102,9 +119,7 @@ class LoadedUNet(LoadedModel):
         from diffusers import DDPMScheduler
 
         assert settings.lora is not None or pipeline.unet.dtype == torch.float32
-        self._start = None
-        if settings.adapter_path is not None:
-            self._start = adapters.add_adapter(pipeline, settings.adapter_path, name=_START, unet_only=True)
+        start = Start.of(settings.adapter_path, pipeline)
         self.pipeline = pipeline
         self.unet = pipeline.unet
         self.device = pipeline.device
@@ -117,45 +132,29 @@ class LoadedUNet(LoadedModel):
         vocabularies = [parts[name].get_vocab() for name in ("tokenizer", "tokenizer_2") if name in parts]
         for module in (pipeline.vae, *encoders, self.unet):
             module.requires_grad_(False).eval()
-        self.base_hash = content_hash([facts(self.scheduler.config), *_start_scales(self.unet)], self.unet)
-        text = [*(facts(encoder.config.to_dict()) for encoder in encoders), *vocabularies]
+        self.base_hash = content_hash([facts(self.scheduler.config), *start.facts("unet")], self.unet)
+        text = [
+            *(facts(encoder.config.to_dict()) for encoder in encoders),
+            *vocabularies,
+            *start.facts("text_encoder"),
+        ]
         self.encoder_hash = content_hash([facts(pipeline.vae.config), *text], pipeline.vae, *encoders)
         self._is_lora = settings.lora is not None
         self.reference_needs_copy = not self._is_lora
-        self.original_lost = _lost(self._start, is_lora=self._is_lora)
+        self.original_lost = start.lost(is_lora=self._is_lora)
+        self._start = replace(start, unet={})
+        put_on(parts_of(pipeline), start.text_encoders, _START)
         if settings.lora is not None:
-            self._add_lora(settings.lora, seed)
+            add_lora(self.unet, settings.lora, start, seed)
         else:
-            if self._start == "lora":
-                adapters.merge(self.unet)
+            add_to_weights({"unet": self.unet}, {"unet": start.unet})
             self.unet.requires_grad_(True)
         self.unet.to(memory_format=torch.channels_last)  # what was added, too
         fused_lora.fuse(self.unet)
-        self._lora_layers = list(adapters.lora_layers(self.unet).values())
+        self._lora_layers = list(peft_layers(self.unet).values())
         self._policy: torch.nn.Module | None = None
         self._copy: UNet2DConditionModel | None = None
         self._in_reference = self._compiled = False
-
-    def _add_lora(self, lora: Lora, seed: int) -> None:
-        import torch
-        from peft import LoraConfig
-
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(lora.targets),
-        )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the start: it is meant to be there
-            torch.manual_seed(seed)
-            try:
-                self.unet.add_adapter(config, adapter_name=_TRAINED)
-            except ValueError as error:
-                raise ConfigError(
-                    f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
-                ) from None
-        adapters.train_only(self.unet, _TRAINED, beside=[_START] if self._start == "lora" else [])
 
     # --- encoding; prompts and sizes are each family's own ---
 
@@ -249,25 +248,25 @@ class LoadedUNet(LoadedModel):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The frozen copy; or else the trained LoRA left out; or else the UNet as it is."""
+        """The frozen copy; or else the start in the place of the trained LoRA; or else the UNet as it is."""
         import torch
 
         self._in_reference = True
         try:
-            with torch.no_grad(), adapters.left_out(self._lora_layers, _TRAINED):
+            with torch.no_grad(), only(self._lora_layers, _START):
                 yield
         finally:
             self._in_reference = False
 
     def original(self) -> AbstractContextManager[None] | None:
         """See LoadedModel: the LoRA that training starts from is left out as the trained one is."""
-        return None if self._start is None or self.original_lost else self._without_loras()
+        return None if self._start.kind is None or self.original_lost else self._without_loras()
 
     @contextmanager
     def _without_loras(self) -> Iterator[None]:
         kept, self._copy = self._copy, None
         try:
-            with self.reference(), adapters.left_out(self._lora_layers, _START):
+            with self.reference(), only(self._lora_layers):
                 yield
         finally:
             self._copy = kept
@@ -292,7 +291,7 @@ class LoadedUNet(LoadedModel):
                     instead[id(parameter)] = parameter
         self._copy = copy.deepcopy(self.unet, instead)
         if self._is_lora:
-            adapters.remove(self._copy, _TRAINED)
+            keep_only(self._copy, _START)
 
     def wrap_policy(self, wrap: "Callable[[torch.nn.Module], torch.nn.Module]") -> None:
         """See LoadedModel."""
@@ -324,21 +323,44 @@ class LoadedUNet(LoadedModel):
     def save(self, run_dir: Path) -> Path:
         """Write `adapter/`, for `pipe.load_lora_weights`, or the whole `unet/`, where that is trained or started from.
 
-        A LoRA that training started from is in the adapter too, so that the pretrained model needs nothing else.
+        A LoRA that training started from is in the adapter too, with its part for the text encoders, so that the
+        pretrained model needs nothing else. Equal weights give equal bytes.
         """
-        if not self._is_lora or self._start == "unet":
+        import torch
+
+        if not self._is_lora or self._start.kind == "unet":
             whole = self.unet
             if self._is_lora:
                 whole = copy.deepcopy(self.unet)
-                adapters.merge(whole)
+                whole.fuse_lora()
+                whole.unload_lora()
             whole.save_pretrained(run_dir / "unet")
             return run_dir / "unet"
-        weights, config = adapters.one_lora(self.unet)
-        # by peft's names: in diffusers' own, which exist for attention only, it would lose the layers of other kinds
-        self.pipeline.save_lora_weights(
-            run_dir / "adapter", unet_lora_layers=weights, unet_lora_adapter_metadata=config
-        )
+        layers = {**read_back({"unet": self.unet}, _TRAINED), **self._start.text_encoders}
+        (run_dir / "adapter").mkdir(parents=True, exist_ok=True)
+        write_lora(run_dir / "adapter" / LORA_FILE, layers, torch.float32)
         return run_dir / "adapter"
+
+
+def add_lora(unet: "UNet2DConditionModel", lora: Lora, start: Start, seed: int) -> None:
+    """Put on what is trained and, where that begins as something, the same again, frozen, for the reference.
+
+    Raises ConfigError when the targets fit no layer.
+    """
+    try:
+        add_trained(
+            unet, _TRAINED, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, start=start.unet, seed=seed
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora.targets {list(lora.targets or DEFAULT_TARGETS)} fit no layer of the UNet: {error}"
+        ) from None
+    if start.unet:
+        if lora.rank and (higher := max(layer.rank for layer in start.unet.values())) > lora.rank:
+            warn(f"model.lora.rank={lora.rank}, and the LoRA that training starts from keeps its rank, {higher}")
+        policy = read_back({"unet": unet}, _TRAINED)["unet"]
+        put_on({"unet": unet}, {"unet": {path: policy[path] for path in start.unet}}, _START)
+    train_only(unet, _TRAINED)
 
 
 def checkpoint_blocks(unet: "UNet2DConditionModel", *, selective: bool) -> None:
@@ -372,18 +394,3 @@ def _compiler_errors() -> Iterator[None]:
             f"compile=true, and torch.compile failed: {first_sentence(error)}. Set compile=false; `diffusion-dpo "
             "doctor` shows the versions here"
         ) from error
-
-
-def _lost(start: "adapters.AdapterKind | None", *, is_lora: bool) -> str:
-    """Say why the pretrained model cannot be asked during training; "" where it can."""
-    if start == "unet":
-        return "training starts from a whole UNet, which takes the place of the pretrained one"
-    if start == "lora" and not is_lora:
-        return "the LoRA that training starts from is part of the weights that are trained"
-    return ""
-
-
-def _start_scales(unet: "torch.nn.Module") -> list[dict[str, float]]:
-    """How strongly the LoRA that training starts from acts on each layer; nothing without one."""
-    layers = adapters.lora_layers(unet)
-    return [{name: layer.scaling[_START] for name, layer in layers.items()}] if layers else []

@@ -102,7 +102,7 @@ class Estimator:
         files = [] if skeleton.on_cuda else [*skeleton.unet.parameters(), *skeleton.vae.parameters()]
         averages = (config.reference.type == "ema") + (config.ema_decay is not None)
         return {
-            "weights of the denoiser": sum(map(_bytes, skeleton.unet.parameters())) + skeleton.start_bytes,
+            "weights of the denoiser": sum(map(_bytes, skeleton.unet.parameters())),
             "VAE and text encoders": sum(map(_bytes, frozen)),
             "weight files that stay mapped": sum(map(_bytes, filter(_is_kernel, files))),
             "frozen copy for the reference": _copy_bytes(config, skeleton),

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models import adapters
 from diffusion_dpo.models.base import BaseFacts
-from diffusion_dpo.models.unet_diffusion import checkpoint_blocks
+from diffusion_dpo.models.lora_file import PARTS
+from diffusion_dpo.models.start import Start, refuse_start
+from diffusion_dpo.models.unet_diffusion import add_lora, checkpoint_blocks
 from diffusion_dpo.settings import TrainConfig
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_TRAINED = "default"
 
 
 class NoEstimateError(ConfigError):
@@ -50,8 +50,6 @@ class Skeleton:
     dtype: "torch.dtype"
     """Of the autocast and of the frozen parts."""
     on_cuda: bool
-    start_bytes: int = 0
-    """Of a LoRA that training starts from."""
 
     def trained(self) -> "list[Tensor]":
         """Return the trained weights."""
@@ -179,15 +177,23 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
     if getattr(model, "type", None) not in ("stable_diffusion", "stable_diffusion_xl"):
         raise NoEstimateError(f"there is no memory estimate for model.type={model.type}")
     base: BaseFacts = model.read_base()
-    unet_config = base.unet
-    start = None if model.adapter_path is None else adapters.find_adapter(model.adapter_path)
-    start_bytes = 0
-    if start is not None and start[0] == "lora" and model.lora is not None:
-        start_bytes = _num_elements(start[1]) * 4
-    if start is not None and start[0] == "unet":
-        unet_config = UNet2DConditionModel.load_config(start[1])
-    whole = model.lora is None or (start is not None and start[0] == "unet")  # these are float32 from the beginning
-    unet = _build_unet(unet_config, model.lora, torch.float32 if whole else dtype)
+    unet_config, kind = base.unet, None
+    if model.adapter_path is not None:
+        refuse_start(model.adapter_path, whole_unet=model.lora is None)
+        kind, where = adapters.find_adapter(model.adapter_path)
+    if kind == "unet":
+        unet_config = UNet2DConditionModel.load_config(where)
+    whole = model.lora is None or kind == "unet"  # these are float32 from the beginning
+    unet = _build_unet(unet_config, torch.float32 if whole else dtype)
+    texts = [_build_text_encoder(base.text_classes[name], text, dtype) for name, text in base.texts.items()]
+    start = Start()
+    if kind == "lora":
+        start = Start.of_lora(where, dict(zip(PARTS, [unet, *texts], strict=False)))
+    if model.lora is None:
+        unet.requires_grad_(True)
+    else:
+        add_lora(unet, model.lora, start, seed=0)
+    unet.to(memory_format=torch.channels_last)
     upcast = base.is_xl and base.vae["force_upcast"] and dtype == torch.float16
     vae = _build_vae(base.vae, torch.float32 if upcast else dtype)
     downscale = base.downscale
@@ -199,7 +205,6 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
         )
     if side % downscale:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {downscale}")
-    texts = [_build_text_encoder(base.text_classes[name], text, dtype) for name, text in base.texts.items()]
     return Skeleton(
         unet=unet,
         vae=vae,
@@ -209,28 +214,15 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
         resolution_px=side,
         dtype=dtype,
         on_cuda=on_cuda,
-        start_bytes=start_bytes,
     )
 
 
-def _build_unet(config: Mapping[str, Any], lora: Any, dtype: "torch.dtype") -> Any:
+def _build_unet(config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     import torch
     from diffusers import UNet2DConditionModel
-    from peft import LoraConfig
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config).to(dtype).eval()
-        unet.requires_grad_(lora is None)
-        if lora is not None:
-            settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha or lora.rank, target_modules=list(lora.targets))
-            try:
-                unet.add_adapter(settings, adapter_name=_TRAINED)
-            except ValueError as error:
-                raise ConfigError(
-                    f"model.lora.targets {list(lora.targets)} fit no layer of the UNet: {error}"
-                ) from None
-            adapters.train_only(unet, _TRAINED)
-    return unet.to(memory_format=torch.channels_last)
+        return UNet2DConditionModel.from_config(config).to(dtype).eval().requires_grad_(False)
 
 
 def _build_vae(config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
@@ -248,12 +240,3 @@ def _build_text_encoder(class_name: str, config: Mapping[str, Any], dtype: "torc
 
     with torch.device("meta"):
         return getattr(transformers, class_name)(transformers.CLIPTextConfig.from_dict(dict(config))).to(dtype)
-
-
-def _num_elements(file: Any) -> int:
-    from math import prod
-
-    from safetensors import safe_open
-
-    with safe_open(file, "np") as tensors:
-        return sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models.adapters import LORA_FILE, lora_layers
+from diffusion_dpo.models.lora_layers import peft_layers
+from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, StableDiffusion
 from diffusion_dpo.models.unet_diffusion import Lora
 from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline
@@ -129,9 +130,12 @@ def test_the_reference_does_not_move_and_leaves_no_trace(any_old: Path, lora: Lo
     assert all(parameter is parameters[name] for name, parameter in model.trainable().items())
 
 
-def test_only_the_new_lora_is_trained(old: Path) -> None:
+def test_the_start_itself_is_trained_with_the_targets_and_nothing_else(old: Path) -> None:
     model = load(old)
-    assert list(model.trainable()) == list(load().trainable())
+    layers = {name.split(".lora_")[0] for name in model.trainable()}
+    assert layers == {name.split(".lora_")[0] for lora in (OLD, NEW) for name in load(lora=lora).trainable()}, (
+        "those of the start, and those that were asked for"
+    )
     noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
     model.predict(noisy, timesteps, model.encode_prompts(["a", "b"])).pow(2).mean().backward()
     graded = {name for name, parameter in model.unet.named_parameters() if parameter.grad is not None}
@@ -139,10 +143,12 @@ def test_only_the_new_lora_is_trained(old: Path) -> None:
     assert {parameter.dtype for parameter in model.trainable().values()} == {torch.float32}
 
 
-def test_the_seed_alone_decides_how_the_new_lora_begins(old: Path) -> None:
-    first, again, other = load(), load(old), load(old, seed=1)
-    assert all(torch.equal(parameter, again.trainable()[name]) for name, parameter in first.trainable().items())
-    assert any(not torch.equal(parameter, other.trainable()[name]) for name, parameter in first.trainable().items())
+def test_the_seed_alone_decides_how_what_is_new_begins(old: Path) -> None:
+    first, again, other = load(old), load(old), load(old, seed=1)
+    for name, parameter in first.trainable().items():
+        assert torch.equal(parameter, again.trainable()[name])
+        is_new = ".lora_A." in name and any(layer in name for layer in ("to_k", "conv2"))
+        assert torch.equal(parameter, other.trainable()[name]) != is_new
 
 
 @pytest.mark.parametrize("lora", [NEW, Lora(rank=3), None], ids=["other", "default", "full"])
@@ -168,21 +174,49 @@ def test_the_model_card_loads_what_is_saved(any_old: Path, tmp_path: Path) -> No
     torch.testing.assert_close(predict(plain), predict(model), rtol=0, atol=1e-5)
 
 
-def test_a_saved_sum_is_a_start_again(old: Path, tmp_path: Path) -> None:
-    second = train(load(old), 2)
-    second.save(tmp_path / "second")
-    third = load(tmp_path / "second", Lora(rank=1, targets=("conv1", "to_v")))
+def test_the_rank_does_not_grow_unasked(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = train(load(old, Lora()), 2)
+    assert not capsys.readouterr().out
+    assert ranks_of(second.save(tmp_path / "second")) == {"to_q": 3, "net.0.proj": 3, "conv1": 3}
+    third = load(tmp_path / "second", Lora(rank=4, alpha=9, targets=("conv1", "to_v")))
     torch.testing.assert_close(reference(third), predict(second), rtol=0, atol=1e-5)
+    assert torch.equal(reference(third), predict(third))
     saved = train(third, 3).save(tmp_path / "third")
     torch.testing.assert_close(by_diffusers(saved), predict(third), rtol=0, atol=1e-5)
+    assert ranks_of(saved) == {"to_q": 4, "net.0.proj": 4, "conv1": 4, "to_v": 4}
+    capsys.readouterr()
+    fourth = load(tmp_path / "third", Lora(rank=2))
+    assert "model.lora.rank=2, and the LoRA that training starts from keeps its rank, 4" in capsys.readouterr().out
+    assert torch.equal(reference(fourth), predict(fourth))
+    torch.testing.assert_close(reference(fourth), predict(third), rtol=0, atol=1e-5)
+    assert set(ranks_of(fourth.save(tmp_path / "fourth")).values()) == {4}
+
+
+def ranks_of(saved: Path) -> dict[str, int]:
+    """The ranks of a saved LoRA, by the layer's last name."""
     ranks = {name: len(value) for name, value in load_file(saved / LORA_FILE).items() if ".lora_A." in name}
-    assert {rank for name, rank in ranks.items() if "to_q" in name} == {3 + 2}
-    assert {rank for name, rank in ranks.items() if "conv1" in name} == {3 + 1}
+    return {
+        name.split(".lora_")[0].removesuffix(".0").rpartition(".")[2].replace("proj", "net.0.proj"): r
+        for name, r in ranks.items()
+    }
 
 
-def test_a_sum_means_the_same_to_tools_that_read_no_header(old: Path, tmp_path: Path) -> None:
-    """Without its header a LoRA is taken to have alpha = rank."""
+def test_equal_weights_are_equal_bytes(old: Path, tmp_path: Path) -> None:
     model = train(load(old), 2)
+    first, second = (model.save(tmp_path / name) / LORA_FILE for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    metadata = read_lora(tmp_path / "a")[1]
+    assert json.loads(metadata["lora_adapter_metadata"])["unet.target_modules"] == sorted(
+        {name.split(".lora_")[0].removeprefix("unet.") for name in load_file(first)}
+    )
+    header = first.read_bytes()[8:].split(b"}", 1)[0].decode()
+    assert header.index('"format"') < header.index('"lora_adapter_metadata"'), "safetensors has them in any order"
+
+
+@pytest.mark.parametrize("lora", [NEW, Lora(alpha=2)], ids=["other", "continued"])
+def test_a_result_means_the_same_to_tools_that_read_no_header(old: Path, tmp_path: Path, lora: Lora) -> None:
+    """Without its header a LoRA is taken to have alpha = rank; diffusers 0.31 and 0.32 read none."""
+    model = train(load(old, lora), 2)
     file = model.save(tmp_path) / LORA_FILE
     save_file(load_file(file), file)
     torch.testing.assert_close(by_diffusers(tmp_path / "adapter"), predict(model), rtol=0, atol=1e-5)
@@ -210,7 +244,7 @@ def test_previews_are_drawn_with_all_of_the_policy(any_old: Path, tmp_path: Path
 def test_a_start_is_not_rounded_and_drops_nothing_out(old: Path, tmp_path: Path) -> None:
     """Its file may ask for dropout, which was for its own training."""
     edit_header(old, tmp_path, lora_dropout=0.5)
-    model = load(tmp_path, dtype=torch.bfloat16)
+    model = load(tmp_path, Lora(), dtype=torch.bfloat16)
     assert model.unet.conv_in.weight.dtype == torch.bfloat16
     weights = load_file(old / "adapter" / LORA_FILE)
     started = {n: p for n, p in model.unet.named_parameters() if ".start." in n}
@@ -218,9 +252,8 @@ def test_a_start_is_not_rounded_and_drops_nothing_out(old: Path, tmp_path: Path)
     for name, parameter in started.items():
         assert torch.equal(parameter, weights["unet." + name.replace(".start.", ".")])
     assert torch.equal(reference(model), reference(model))
-    dropouts = [m for n, m in model.unet.named_modules() if n.endswith("lora_dropout.start")]
-    assert {type(m) for m in dropouts} == {torch.nn.Dropout}
-    assert not any(m.training for m in dropouts)
+    dropouts = [m for n, m in model.unet.named_modules() if ".lora_dropout." in n]
+    assert {type(m) for m in dropouts} == {torch.nn.Identity}
 
 
 def test_a_full_unet_as_a_start_is_not_rounded(old_unet: Path) -> None:
@@ -249,7 +282,7 @@ def test_loras_of_other_tools_start_training_too(tmp_path: Path, spelling: str) 
         else:  # as we wrote them once: attention in one spelling, the rest in another, and the rest first
             renamed[f"unet.{path}.lora.{which}.weight" if "to_" in path else name] = value
     save_file(renamed, tmp_path / "other.safetensors")
-    for layer in lora_layers(model.unet).values():
+    for layer in peft_layers(model.unet).values():
         layer.scaling["default"] = 0.5 if spelling == "kohya" else 1.0
     torch.testing.assert_close(reference(load(tmp_path / "other.safetensors")), predict(model), rtol=0, atol=1e-5)
 
@@ -266,22 +299,41 @@ def test_the_hash_of_the_base_covers_the_start(old: Path, old_unet: Path, tmp_pa
     assert len({bare, start, *hashes}) == 5
 
 
-def test_only_the_unets_part_of_a_lora_is_used_and_that_is_said_once(
-    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], diffusers_log: pytest.LogCaptureFixture
+def test_what_a_start_has_for_the_text_encoder_encodes_the_prompts_and_is_kept(
+    old: Path, tmp_path: Path, diffusers_log: pytest.LogCaptureFixture
 ) -> None:
     weights, metadata = read_lora(old)
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(0)
     text = {
-        f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{way}.weight"
-        for way in ("up", "down")
+        f"{layer}.lora_linear_layer.{way}.weight": torch.randn(64, 64, generator=generator) for way in ("up", "down")
     }
-    write_lora(tmp_path, weights | {name: torch.ones(64, 64) for name in text}, metadata)
-    plain = load(old)
-    capsys.readouterr()
-    model = load(tmp_path)
-    assert capsys.readouterr().out.count("warning: only the UNet's part") == 1
-    assert torch.equal(reference(model), reference(plain))
-    assert (model.base_hash, model.encoder_hash) == (plain.base_hash, plain.encoder_hash)
+    write_lora(tmp_path, weights | text, metadata)
+    model, plain = load(tmp_path), load(old)
+    assert model.base_hash == plain.base_hash and model.encoder_hash != plain.encoder_hash
+    encoded, before = (it.encode_prompts(["a red circle"])["encoder_hidden_states"] for it in (model, plain))
+    assert (encoded - before).abs().max() > 0.1
+    assert not any("text" in name for name in model.trainable())
+    saved = load_file(train(model, 2).save(tmp_path / "out") / LORA_FILE)
+    assert torch.equal(saved[f"{layer}.lora_A.weight"], text[f"{layer}.lora_linear_layer.down.weight"])
+    assert torch.equal(saved[f"{layer}.lora_B.weight"], text[f"{layer}.lora_linear_layer.up.weight"])
+    again = load(tmp_path / "out")
+    assert torch.equal(again.encode_prompts(["a red circle"])["encoder_hidden_states"], encoded)
+    assert again.encoder_hash == model.encoder_hash
     assert not diffusers_log.records
+    with pytest.raises(ConfigError, match=r"layers for the text encoder, which a whole UNet \(model\.lora=null\)"):
+        load(tmp_path, None)
+
+
+def test_a_start_of_the_text_encoder_alone_begins_with_a_fresh_lora(tmp_path: Path) -> None:
+    text = {
+        f"lora_te_text_model_encoder_layers_1_mlp_fc1.lora_{way}.weight": torch.ones(*shape)
+        for way, shape in (("up", (256, 2)), ("down", (2, 64)))
+    }
+    save_file(text, tmp_path / "te.safetensors")
+    model = load(tmp_path / "te.safetensors")
+    assert list(model.trainable()) == list(load().trainable())
+    assert model.base_hash == load().base_hash and model.encoder_hash != load().encoder_hash
 
 
 def test_a_lora_without_text_encoder_says_nothing(
@@ -290,7 +342,7 @@ def test_a_lora_without_text_encoder_says_nothing(
     recwarn: pytest.WarningsRecorder,
     diffusers_log: pytest.LogCaptureFixture,
 ) -> None:
-    load(old)
+    load(old, Lora())
     load(old, None)
     assert (capsys.readouterr().out, diffusers_log.text, [str(warning.message) for warning in recwarn]) == ("", "", [])
 
@@ -298,14 +350,14 @@ def test_a_lora_without_text_encoder_says_nothing(
 FAULTS = {
     "family": "does not fit",
     "shapes": "does not fit",
-    "partly": "does not fit",
-    "half": "does not fit",
-    "transformer": "does not fit this model: its weights are for transformer",
-    "text": "has nothing for the UNet",
+    "partly": "does not fit this model: 1 of its [0-9]+ layers find none in it, e.g. unet.down_blocks.7.to_q",
+    "half": "without the rest of it",
+    "transformer": "is a LoRA for a transformer",
+    "text": "does not fit this model: [0-9]+ of its [0-9]+ layers find none in it",
     "dora": "plain LoRAs",
-    "none": "holds weights that are no LoRA",
-    "empty": "its weights are for nothing",
-    "truncated": "cannot read the LoRA",
+    "none": "is no LoRA and no checkpoint: it holds unet.conv_in.weight",
+    "empty": "is no LoRA and no checkpoint: it holds no tensors",
+    "truncated": "is cut off",
 }
 
 
@@ -317,8 +369,8 @@ def test_a_lora_that_cannot_be_used_is_refused_in_one_sentence(
     name = next(iter(weights))
     edits = {
         "family": lambda: {key.replace("blocks", "stages"): value for key, value in weights.items()},
-        "shapes": lambda: {key: torch.cat([value, value], dim=1) for key, value in weights.items()},
-        "partly": lambda: weights | {"unet.down_blocks.7.to_q.lora_A.weight": torch.ones(3, 64)},
+        "shapes": lambda: {key: torch.cat([value, value], dim=int("lora_A" in key)) for key, value in weights.items()},
+        "partly": lambda: weights | {f"unet.down_blocks.7.to_q.lora_{it}.weight": torch.ones(3, 3) for it in "AB"},
         "half": lambda: {key: value for key, value in weights.items() if key != name},
         "transformer": lambda: {key.replace("unet.", "transformer."): value for key, value in weights.items()},
         "text": lambda: {key.replace("unet.", "text_encoder."): value for key, value in weights.items()},

@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear
 
-from diffusion_dpo.models.adapters import left_out
 from diffusion_dpo.models.fused_lora import fuse
+from diffusion_dpo.models.lora_layers import only
 
 
 def make_layers(*, names: tuple[str, ...] = ("start", "default"), bias: bool = True) -> torch.nn.Sequential:
@@ -56,9 +56,9 @@ def test_what_is_switched_off_is_left_out() -> None:
     for model in (peft, fused):
         layers = list(model)
         model.results = [model(x)]
-        with left_out(layers, "default"):
+        with only(layers, "start"):
             model.results.append(model(x))
-        with left_out(layers, "default"), left_out(layers, "start"):
+        with only(layers):
             model.results.append(model(x))
         for layer in layers:
             layer.merge()

@@ -1,34 +1,27 @@
-"""What a safetensors file says before any weight of it is read, and what a file is that is none."""
+"""Safetensors files: the header, read before any weight; what a file is that is none; equal weights as equal bytes."""
 
+import hashlib
 import json
 import re
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _MAX_HEADER_BYTES = 100_000_000
 """The most that the format allows."""
-_DOWN = (
-    ".lora_down.weight",
-    ".lora_A.weight",
-    ".lora.down.weight",
-    "_lora.down.weight",
-    ".lora_linear_layer.down.weight",
-)
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
-_OF_A_TRANSFORMER = re.compile(
-    r"transformer\.|lora_transformer_|(?:diffusion_model\.|lora_unet_)(?:double_|single_|joint_)(?:transformer_)?blocks"
-)
-_OF_A_BARE_UNET = re.compile(
-    r"base_model\.|conv_|(?:time|add|class)_embedding\.|down_blocks\.|mid_block\.|up_blocks\."
-)
+_OF_A_LORA = re.compile(r"[._](?:lora|hada|lokr|dora)_|\.(?:alpha|diff|diff_b)\Z")
 _SHOWN_METADATA = ("ss_", "modelspec.")
 _MAX_SHOWN = 80
+HASH = "modelspec.hash_sha256"
+"""The entry of a header that holds the hash of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -39,44 +32,17 @@ class FileFacts:
     metadata: Mapping[str, str]
 
     @property
-    def is_lora(self) -> bool:
-        """Whether it holds low-rank updates."""
-        return any(key.endswith(_DOWN) for key in self.shapes)
-
-    @property
     def is_checkpoint(self) -> bool:
         """Whether it is a single-file checkpoint in the original layout."""
-        return any(key.startswith("model.diffusion_model.") for key in self.shapes)
-
-    @property
-    def naming(self) -> str:
-        """Whose names a LoRA's layers have; peft's are of a bare UNet, a transformer's of Flux or SD 3."""
-        downs = [key for key in self.shapes if key.endswith(_DOWN)]
-        if any(_OF_A_TRANSFORMER.match(key) for key in downs):
-            return "transformer"
-        if all(key.startswith(("lora_unet_", "lora_te")) for key in downs):
-            return "kohya"
-        if all(key.startswith(("unet.", "text_encoder.", "text_encoder_2.")) for key in downs):
-            return "diffusers"
-        return "peft" if all(_OF_A_BARE_UNET.match(key) for key in downs) else "unknown"
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The rank of every layer of a LoRA, by the layer's name in the file."""
-        return {
-            key.removesuffix(end): shape[0]
-            for key, shape in self.shapes.items()
-            for end in _DOWN
-            if key.endswith(end) and shape
-        }
+        return any(key.startswith("model.diffusion_model.") and not _OF_A_LORA.search(key) for key in self.shapes)
 
     @property
     def family(self) -> str:
-        """The family that the width of the text embeddings tells, in words."""
+        """The family that the width of the text embeddings tells, in words; "" where it does not."""
         for key, shape in self.shapes.items():
             if "attn2" in key and ("to_k" in key or "to_v" in key) and len(shape) > 1 and shape[1] in _WIDTHS:
                 return _WIDTHS[shape[1]]
-        return "an unknown family"
+        return ""
 
 
 def read_facts(file: Path) -> FileFacts:
@@ -118,7 +84,8 @@ def _refuse_other_kinds(file: Path, head: bytes) -> None:
     is_header = head[8:9] == b"{"  # after a length that may begin with any two bytes
     if not is_header and head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         raise ConfigError(
-            f"{file} is a pickle of torch.save, which can run any program when it is loaded; only safetensors are read"
+            f"{file} is a pickle of torch.save, which can run any program when it is loaded, and is not opened; "
+            "convert it where you trust it, with safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
         )
 
 
@@ -133,10 +100,21 @@ def shown_metadata(metadata: Mapping[str, str]) -> list[str]:
     return [f"{shown(key)}: {shown(metadata[key])}" for key in sorted(metadata) if key.startswith(_SHOWN_METADATA)]
 
 
-def span(numbers: Mapping[str, float]) -> str:
-    """Return the values of layers in words: one number, or the most frequent with the range."""
-    counts = Counter(numbers.values())
-    if not counts:
-        return "none"
-    often, _ = counts.most_common(1)[0]
-    return f"{often:g}" if len(counts) == 1 else f"{often:g} mostly ({min(counts):g} to {max(counts):g})"
+def write_safetensors(path: Path, weights: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+    """Write a file with its metadata in order, and the hash of all its tensors' bytes where there is a place for it.
+
+    safetensors writes the entries in another order every time, so the header is written again, in as many bytes.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(weights), path, metadata=dict(metadata))
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        filled = dict(metadata) | ({HASH: f"0x{digest}"} if HASH in metadata else {})
+        header["__metadata__"] = dict(sorted(filled.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
