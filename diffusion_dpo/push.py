@@ -20,6 +20,7 @@ from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.lora_file import recognise
 from diffusion_dpo.models.lora_write import LORA_FILE
+from diffusion_dpo.models.safetensors_file import read_facts
 from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.report.plots import NAMES
 from diffusion_dpo.sampling import adapter_hash
@@ -120,7 +121,7 @@ def _find_kohya(config: PushConfig) -> Path | None:
             raise ConfigError(f"kohya_path {where} should be or hold one .safetensors file; it holds {len(found)}")
         return None
     (file,) = found
-    if recognise(file).naming != "kohya":
+    if read_facts(file).is_checkpoint or recognise(file).naming != "kohya":
         raise ConfigError(f"{file} is no LoRA in kohya's names; `export format=kohya` makes one, or move it away")
     made = read_manifest(file.parent)
     if made.get("made_by") == "export":

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from diffusion_dpo.card.public import public_base, public_data, public_settings, shown
+from diffusion_dpo.card.text import lora_rank
 from diffusion_dpo.config import ConfigError, ForeignPlugin, load
 from diffusion_dpo.console import say
 from diffusion_dpo.files import atomic_path, read_manifest
@@ -132,7 +133,7 @@ def _facts(config: TrainConfig, manifest: dict[str, Any]) -> list[tuple[str, str
         ("objective", " ".join([loss["type"], *numbers])),
         ("learning rate", f"{config.learning_rate:g}{warmup}"),
         ("steps", f"{config.max_steps:,} of {config.global_batch_size} pairs"),
-        ("trained", f"LoRA of rank {lora['rank']}" if isinstance(lora, dict) and "rank" in lora else "all weights"),
+        ("trained", f"LoRA, rank: {lora_rank(model)}" if isinstance(lora, dict) else "all weights"),
         ("pairs", f"{pairs}, and {held_out} held out" if pairs is not None and held_out is not None else ""),
         ("labelled by", ", ".join(map(str, manifest.get("labelled_by") or []))),
         ("data", f"{data['type']} {public_data(config, manifest)}".strip()),

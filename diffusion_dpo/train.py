@@ -85,6 +85,8 @@ def run(config: TrainConfig) -> Path:
     except RuntimeError as error:
         raise explain_lost_process(error) or error from error
     say(f"trained: {adapter}\nlog: {config.output_dir / 'metrics.jsonl'}")
+    if adapter.name == "adapter":
+        say(f"for ComfyUI, A1111 and Forge: {card.export_command(config.output_dir)}")
     say(f"look: {card.report_command(config.output_dir)}")
     say(f"next: {card.compare_command(config)}")
     return adapter

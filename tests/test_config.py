@@ -276,7 +276,7 @@ def test_help_fits_and_is_complete(cls: type[Config], width: int) -> None:
     for name in cls.model_fields:
         assert f"{name}" in text
     if cls is TrainConfig:
-        assert "model.lora.rank=8" in text
+        assert "model.lora.rank=null" in text
         assert "with data.type=pickapic" in text
         assert "preview.sampling.batch_size=4" in text  # the block's own default, not that of Sampling
         assert "[number, > 0]" in text

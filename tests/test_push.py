@@ -79,7 +79,7 @@ SENT = {
 def test_what_arrives_is_the_result_and_nothing_else(run_dir: Path, hub: Hub) -> None:
     (run_dir / "kohya").mkdir()
     kohya = run_dir / "kohya" / "mine.safetensors"
-    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, kohya)
+    save_file({f"lora_unet_x.lora_{way}.weight": torch.ones(2, 2) for way in ("down", "up")}, kohya)
     sent = kohya.read_bytes()
     report = run_dir.parent / "compare"
     report.mkdir()
@@ -144,8 +144,9 @@ def test_a_file_that_is_not_the_lora_in_kohyas_names_is_not_sent(
     run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run_dir / "kohya").mkdir()
-    for name in ("unet.x.lora_A.weight", "model.diffusion_model.x"):  # a LoRA in other names, a whole checkpoint
-        save_file({name: torch.ones(2, 3)}, run_dir / "kohya" / "pytorch_lora_weights.safetensors")
+    in_other_names = ("unet.x.lora_A.weight", "unet.x.lora_B.weight")
+    for names in (in_other_names, ("model.diffusion_model.x",)):  # and a whole checkpoint
+        save_file({name: torch.ones(2, 2) for name in names}, run_dir / "kohya" / "pytorch_lora_weights.safetensors")
         assert main(["push", f"path={run_dir}"]) == 2
         assert "is no LoRA in kohya's names" in capsys.readouterr().err
     (run_dir / "kohya" / "pytorch_lora_weights.safetensors").unlink()

@@ -61,6 +61,11 @@ def compare_command(config: TrainConfig) -> str:
     return command("compare", {**baseline, "models.tuned.adapter_path": config.output_dir, **prompts})
 
 
+def export_command(run_dir: Path) -> str:
+    """Return the command that makes of a run's LoRA a file for programs that do not know diffusers' names."""
+    return command("export", {"format": "kohya", "adapter_path": run_dir, "output_dir": run_dir / "kohya"})
+
+
 def report_command(run_dir: Path) -> str:
     """Return the command that makes a page of what happened in a training run."""
     if "=" in str(run_dir):  # which the command line takes for a setting

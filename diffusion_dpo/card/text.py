@@ -18,6 +18,7 @@ from diffusion_dpo.card.public import HUB_ID, public_base, public_data
 from diffusion_dpo.card.results import Results
 from diffusion_dpo.config import ForeignPlugin
 from diffusion_dpo.models import DiffusionModel
+from diffusion_dpo.models.lora_layers import DEFAULT_RANK
 from diffusion_dpo.models.pipeline import POCKET_DIR
 from diffusion_dpo.report import MetricResult
 from diffusion_dpo.settings import TrainConfig
@@ -220,16 +221,24 @@ def _licence_of(metric: str) -> str:
 
 def _settings(config: TrainConfig, facts: Mapping[str, Any]) -> str:
     loss = config.loss.model_dump()
-    lora = config.model.model_dump().get("lora")
+    model = config.model.model_dump()
+    lora = {**model["lora"], "rank": lora_rank(model)} if model.get("lora") else {}
     rows = {
         "objective": ", ".join(f"{key}={value}" for key, value in loss.items()),
         "steps": f"{facts['steps']} of {config.global_batch_size}",
         "learning rate": f"{config.learning_rate:g}",
-        "LoRA": ", ".join(f"{key}={value}" for key, value in lora.items()) if lora else "none: all of the UNet",
+        "LoRA": ", ".join(f"{key}={value}" for key, value in lora.items() if value is not None)
+        or "none: all of the UNet",
         "seed": config.seed,
     }
     table = "\n".join(f"| {key} | {plain(value)} |" for key, value in rows.items())
     return f"## Training\n\n| setting | value |\n|---|---|\n{table}"
+
+
+def lora_rank(model: Mapping[str, Any]) -> str:
+    """Return the rank of the LoRA that a model's settings train, in words."""
+    rank = model["lora"].get("rank")
+    return str(rank or ("that of its start" if model.get("adapter_path") else DEFAULT_RANK))
 
 
 def _limits(facts: Mapping[str, Any]) -> str:

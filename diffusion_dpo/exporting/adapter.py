@@ -211,7 +211,7 @@ def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "Diffu
 
 
 def _refuse_new_biases(pipeline: "DiffusionPipeline", layers: Layers) -> None:
-    """Raise ConfigError where a LoRA brings biases for layers that have none, which whole weights have no place for."""
+    """Raise ConfigError where a LoRA brings biases for layers that have none; whole weights have no place for them."""
     for part, of_part in layers.items():
         for path, layer in of_part.items():
             if layer.bias is not None and pipeline.components[part].get_submodule(path).bias is None:

@@ -68,7 +68,7 @@ def test_check_sees_what_is_wrong_with_an_alpha(
     some = {key: value for key, value in weights.items() if key != first}
     save_file(some, tmp_path / "some.safetensors")
     text = check(tmp_path / "some.safetensors", capsys, f"pretrained={model.base}")[1]
-    assert "1 of 32 layers have no alpha" in text and "diffusers computes something else" in text
+    assert re.search("1 of [0-9]+ layers have no alpha", text) and "diffusers computes something else" in text
     plain = {key: value for key, value in weights.items() if not key.endswith(".alpha")}
     save_file(plain, tmp_path / "none.safetensors")
     assert "does not say its alpha" in check(tmp_path / "none.safetensors", capsys, f"pretrained={model.base}")[1]
