@@ -20,8 +20,8 @@ from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.files import read_manifest
 from diffusion_dpo.models.lora_file import recognise
 from diffusion_dpo.models.lora_write import LORA_FILE
-from diffusion_dpo.models.safetensors_file import read_facts
 from diffusion_dpo.models.pipeline import POCKET_DIR
+from diffusion_dpo.models.safetensors_file import read_facts
 from diffusion_dpo.report.plots import NAMES
 from diffusion_dpo.sampling import adapter_hash
 from diffusion_dpo.settings import PushConfig, TrainConfig

@@ -150,7 +150,10 @@ def test_a_file_that_is_not_the_lora_in_kohyas_names_is_not_sent(
         assert main(["push", f"path={run_dir}"]) == 2
         assert "is no LoRA in kohya's names" in capsys.readouterr().err
     (run_dir / "kohya" / "pytorch_lora_weights.safetensors").unlink()
-    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 3)}, run_dir / "kohya" / "mine.safetensors")
+    save_file(
+        {f"lora_unet_x.lora_{way}.weight": torch.ones(2, 2) for way in ("down", "up")},
+        run_dir / "kohya" / "mine.safetensors",
+    )
     identity = {"weights": "those of before it was trained further", "adapter_scale": 1.0}
     write_json(run_dir / "kohya" / "manifest.json", {"made_by": "export", "complete": True, "identity": identity})
     assert main(["push", f"path={run_dir}"]) == 2

@@ -110,5 +110,3 @@ def replace_unet(pipeline: "DiffusionPipeline", folder: Path) -> None:
         raise ConfigError(f"cannot load the UNet {folder}: {first_sentence(error)}") from error
     refuse_other_interface(unet, pipeline.unet, str(folder))
     pipeline.register_modules(unet=unet.to(pipeline.device, memory_format=torch.channels_last).eval())
-
-
