@@ -55,7 +55,7 @@ _PREFIXES: tuple[tuple[str, str | None], ...] = (
     ("text_encoders.", None),
     ("clip_l.", "text_encoder"),
     ("clip_g.", "text_encoder_2"),
-    ("transformer.text_model.", "text_encoder"),
+    ("transformer.text_model.", None),
 )
 """What programs put before a layer's path, and the part of the pipeline that it says."""
 _TRANSFORMERS = ("lora_transformer_", "lora_prior_unet_", "lora_te3_", "transformer.", "text_encoder_3.", "prior.")
