@@ -97,7 +97,7 @@ def read_labels(column: str, rows: Iterable[tuple[Any, Sequence[Names]]], meanin
     if not total:
         return Labels(_CODINGS[0], meaning)
     for coding in _CODINGS:
-        if coding.proof and not coding.proof & kinds.keys():
+        if coding.proof and (not coding.proof & kinds.keys() or _is_one_number(kinds)):
             continue
         found: Counter[float | None] = Counter()
         for seen, count in kinds.items():
@@ -107,6 +107,11 @@ def read_labels(column: str, rows: Iterable[tuple[Any, Sequence[Names]]], meanin
     if named[None] <= _RARE * total:
         return Labels(None, meaning, _only(values), _summary("the names of the two images", named))
     raise ConfigError(_refusal(column, values))
+
+
+def _is_one_number(kinds: Counter[Seen]) -> bool:
+    """Whether one number is all there is, which proves no way of counting."""
+    return len(kinds) == 1 and next(iter(kinds))[0] == "number"
 
 
 def _only(values: Counter[str]) -> str:
