@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-PROMPTS = ("prompt", "caption", "text", "txt", "text_prompt", "prompt_text", "image_prompt", "description")
+PROMPTS = ("prompt", "caption", "text", "text_prompt", "prompt_text", "image_prompt", "description")
 """The names of a column of prompts, the likeliest first."""
 _EQUALS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"))
 _RANKED = (

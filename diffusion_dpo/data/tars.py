@@ -1,6 +1,6 @@
 """Rows out of WebDataset and img2dataset tar files: the members that share a name up to its first dot are one row.
 
-`000.jpg`, `000.txt` and `000.json` make a row with `image`, `txt` and the keys of the JSON object; `000.chosen.png` a
+`000.jpg`, `000.txt` and `000.json` make a row with `image`, `text` and the keys of the JSON object; `000.chosen.png` a
 column `chosen`. A tar is walked once, by its headers; images are read when their row's turn comes.
 """
 
@@ -21,6 +21,8 @@ from diffusion_dpo.data.images import Unusable
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _IMAGES = ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl", "jp2")
 _TEXTS = ("txt", "text", "caption", "cls")
+_PLAIN = {"txt": "text"}
+"""What the columns of members without a name of their own are called, where that is not their suffix."""
 _NAME = re.compile(r"((?:.*/|)[^.]+)\.([^/]*)")
 _ROWS_FOR_COLUMNS = 16
 _LARGEST_TEXT = 1 << 22
@@ -103,7 +105,7 @@ def _row(tar: tarfile.TarFile, sample: Sample, columns: Sequence[str]) -> dict[s
     facts: dict[str, Any] = {}
     for name, place in sample.members.items():
         stem, _, kind = name.rpartition(".")
-        column = stem or ("image" if kind in _IMAGES else kind)
+        column = stem or ("image" if kind in _IMAGES else _PLAIN.get(kind, kind))
         if kind not in (*_IMAGES, *_TEXTS, "json"):
             continue
         if place is None:

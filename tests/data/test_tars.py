@@ -1,4 +1,4 @@
-"""Tars of WebDataset and img2dataset: rows by the names of their members, in the order of the file, read when asked for."""
+"""Tars of WebDataset and img2dataset: rows by the names of their members, in the order of the file."""
 
 import io
 import json
@@ -154,6 +154,6 @@ def test_a_tar_that_is_cut_short_is_named(tmp_path: Path) -> None:
 
 def test_columns_are_those_of_the_first_rows_and_where_names_the_row(tmp_path: Path) -> None:
     path = tar(tmp_path / "a.tar", [("k.jpg", A), ("k.json", {"width": 3}), ("k.txt", "t")])
-    assert shards.column_names(path) == ["__key__", "image", "txt", "width"]
+    assert shards.column_names(path) == ["__key__", "image", "text", "width"]
     assert list(shards.located_rows(path, ["image", "width"])) == [("a.tar k", {"image": A, "width": 3})]
-    assert shards.read_columns(path, ["txt"]) == [["t"]]
+    assert shards.read_columns(path, ["text"]) == [["t"]]
