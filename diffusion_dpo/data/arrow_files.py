@@ -60,7 +60,8 @@ def row_batches(file: Path, columns: Sequence[str] | None, size: int) -> Iterato
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+    kinds = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in kinds)
 
 
 def _batches(file: Path) -> Iterator[pa.RecordBatch]:

@@ -24,7 +24,7 @@ from diffusion_dpo.data.images import BrokenImage, image_bytes
 from diffusion_dpo.data.inside import read_inside
 from diffusion_dpo.data.left_out import describe, is_own, sort_out
 from diffusion_dpo.data.listing import Listing, list_files
-from diffusion_dpo.data.shards import CANDIDATES, column_names, located_rows, num_rows
+from diffusion_dpo.data.shards import CANDIDATES, column_names, is_table, located_rows, num_rows
 from diffusion_dpo.data.tables import prompt_value, text_column
 
 _IMAGE_COLUMNS = ("image", "img", "jpg", "png", "webp")
@@ -152,7 +152,7 @@ def find_candidates(path: Path, prompt_column: str | None = None) -> Found:
         raise ConfigError(f"there is no file or folder {path}")
     listing = list_files(path) if path.is_dir() else _alone(path)
     names = listing.files if path.is_dir() else (path.name,)
-    tables = [name for name in names if name.endswith(".parquet") and not is_own(name)]
+    tables = [name for name in names if is_table(listing.root / name) and not is_own(name)]
     with_images = [name for name in tables if image_column(column_names(listing.root / name))]
     images = [name for name in names if splitext(name)[1].lower() in DECODED]
     if with_images:

@@ -9,13 +9,16 @@ from diffusion_dpo.data.captions import Captions
 from diffusion_dpo.data.image_kinds import NOT_DECODED
 from diffusion_dpo.data.listing import Listing
 
-_OWN = re.compile(r"scores-.*\.(json|parquet)|manifest\.json|thumbs\.db|desktop\.ini", re.IGNORECASE)
-"""Files that are no one's images: what `score` writes beside them, and what file managers do."""
+_OWN = re.compile(
+    r"scores-.*\.(json|parquet)|manifest\.json|thumbs\.db|desktop\.ini|state\.json|dataset_(info|dict)\.json|\d+_stats\.json",
+    re.IGNORECASE,
+)
+"""Files that are no one's images: what `score`, file managers, `datasets` and img2dataset write beside them."""
 _NAMES_SHOWN = 3
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one that `score` or a file manager writes beside images."""
+    """Whether a file is one that a program writes beside images and that holds none."""
     return _OWN.fullmatch(basename(name)) is not None
 
 

@@ -104,7 +104,7 @@ def test_img2dataset_tars_are_candidates_whatever_lies_beside_them(tmp_path: Pat
     assert [(unit.name, unit.num_images) for unit in units] == [("00000", 2), ("00001", 2)]
     found = [it for unit in units for it in unit.read()]
     assert [it.data for it in found] == [A, B, A, B]
-    assert [it.prompt for it in found] == ["c"] * 4
+    assert [it.prompt for it in found] == [f"caption {i:05d}{j:04d}" for i in range(2) for j in range(2)]
 
 
 def test_a_tar_is_walked_once_and_images_are_read_one_at_a_time(
@@ -130,10 +130,10 @@ def test_a_tar_is_walked_once_and_images_are_read_one_at_a_time(
     assert sum(isinstance(it, PreferencePair) for it in source.read()) == 40
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(walks) - once <= 2 and once <= 125, "opening reads one header"
+    assert len(walks) - once <= 20 and once <= 125, "opening reads a header or two"
     assert peak < 8 << 20
     os.utime(path, ns=(1, 1))
-    assert source.num_rows() == 40 and len(walks) > 2 * once - 5, "a changed file is walked again"
+    assert source.num_rows() == 40 and len(walks) > 2 * once, "a changed file is walked again"
 
 
 @pytest.mark.parametrize(
