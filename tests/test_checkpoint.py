@@ -41,15 +41,17 @@ def test_no_checkpoint_is_none(tmp_path: Path):
     assert checkpoint.load_latest(tmp_path / "absent") is None
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "step"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ):
     save(tmp_path, 10, value=1.0)
     newest = save(tmp_path, 20, value=2.0)
-    file = newest / ("manifest.json" if damage == "manifest" else "trained.safetensors")
+    file = newest / ("manifest.json" if damage in ("manifest", "step") else "trained.safetensors")
     if damage == "remove":
         file.unlink()
+    elif damage == "step":
+        file.write_text(file.read_text().replace('"step": 20', '"step": 21'))
     else:
         data = bytearray(file.read_bytes())
         data[-1] ^= 1

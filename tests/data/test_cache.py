@@ -358,9 +358,11 @@ def test_every_missing_file_is_made_by_exactly_one_process(tmp_path: Path, monke
     pairs, alone = make_pairs(11), CountingEncoders()
     build(tmp_path / "alone", pairs, alone.make())
     said: list = []
+    waited: list[int] = []
 
     class Rank(Processes):
         def wait(self) -> None:
+            waited.append(self.rank)
             written = {path.name for path in (tmp_path / "both").rglob("*.safetensors")}
             assert self.rank == 0 or written == {path.name for path in (tmp_path / "alone").rglob("*.safetensors")}
 
@@ -373,6 +375,7 @@ def test_every_missing_file_is_made_by_exactly_one_process(tmp_path: Path, monke
     for rank, counting in enumerate(made):
         build(tmp_path / "both", pairs, counting.make(), processes=Rank(rank, 2))
     assert [it.images_seen for it in made] == [12, 10]
+    assert waited == [0, 1]  # each for the other, before it opens what both made
     assert sum(it.texts_seen for it in made) == alone.texts_seen == 4
     files = [{path.name: path.read_bytes() for path in (tmp_path / it).rglob("*.*")} for it in ("alone", "both")]
     assert files[0] == files[1]

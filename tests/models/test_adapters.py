@@ -103,6 +103,22 @@ def test_a_lora_on_any_layers_is_saved_as_plain_diffusers_reads_it(tmp_path: Pat
     assert (predict(model) - reference(model)).abs().max() > 0.02
 
 
+@pytest.mark.parametrize(("alpha", "factor"), [(7, 3.5), (1, 0.5), (None, 1.0)])
+def test_what_is_trained_adds_alpha_over_rank_times_b_a(alpha: float | None, factor: float) -> None:
+    """Written out on the weights of a plain UNet; of a convolution, B is (out, r, 1, 1) and A is (r, in, k, k)."""
+    model = train(load(lora=Lora(rank=2, alpha=alpha, targets=("to_q", "conv2"))), 1)
+    plain = load(lora=None)
+    layers = {name: module for name, module in model.unet.named_modules() if hasattr(module, "lora_A")}
+    assert {plain.unet.get_submodule(name).weight.ndim for name in layers} == {2, 4}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            (up,), (down,) = layer.lora_B.values(), layer.lora_A.values()
+            product = torch.einsum("or,r...->o...", up.weight.flatten(1), down.weight)
+            plain.unet.get_submodule(name).weight += factor * product
+    torch.testing.assert_close(predict(plain), predict(model), rtol=0, atol=1e-5)
+    assert (predict(model) - reference(model)).abs().max() > 0.005
+
+
 @pytest.mark.parametrize("lora", [NEW, None], ids=["lora", "full"])
 def test_training_starts_exactly_where_the_reference_is(any_old: Path, lora: Lora | None) -> None:
     """Which is what the old adapter made of the base."""

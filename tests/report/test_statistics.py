@@ -10,8 +10,10 @@ from scipy import stats
 
 from diffusion_dpo.report import BASELINE, MetricScores
 from diffusion_dpo.report.statistics import (
+    correct,
     holm,
     mean_interval,
+    pair_differences,
     paired_statistics,
     prompts_needed,
     sign_flip_p,
@@ -103,7 +105,9 @@ def test_seeds_of_a_prompt_are_not_independent_evidence() -> None:
 def test_one_seed_without_ties_is_wilsons_interval(wins: int, losses: int) -> None:
     outcomes = np.array([1.0] * wins + [-1.0] * losses)[:, None]
     expected = stats.binomtest(wins, wins + losses).proportion_ci(method="wilson")
-    assert win_rate_interval(outcomes) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    low, high = win_rate_interval(outcomes)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert (low == 0) == (wins == 0) and (high == 1) == (losses == 0)  # exactly
 
 
 @pytest.mark.parametrize("wins,losses", [(30, 30), (24, 16)])
@@ -192,6 +196,7 @@ def test_up_to_12_changes_are_counted_out_and_of_more_10_000_signs_are_looked_at
     assert sign_flip_p(np.ones(40)) == 1 / 10_000  # the observed signs, and none of 9,999 others
     assert sign_flip_p(np.ones(13)) in [count / 10_000 for count in range(1, 10)] != 2 / 2**13
     assert sign_flip_p(np.zeros(3)) == 1
+    assert sign_flip_p(np.array([1.0, -1.0] * 7)) == 1  # all signs are as far from 0 as these
 
 
 def test_few_prompts_that_all_agree_do_not_exclude_no_effect() -> None:
@@ -285,6 +290,12 @@ def test_metrics_are_corrected_together_model_by_model_and_categories_are_divide
     assert [(it.model, it.name, it.category) for it in results[:6]] == [(m, n, "") for m in "ab" for n in "xyz"]
     whole, animal = results[3], next(it for it in results if (it.model, it.name, it.category) == ("b", "x", "animal"))
     assert (whole.num_prompts, animal.num_prompts) == (20, 5)
+    assert whole.mean_difference == animal.mean_difference == pytest.approx(-0.5), "the model minus the baseline"
+    assert (whole.wins, whole.losses, animal.losses) == (0, 40, 10)
+    assert (whole.mean_baseline, animal.mean_baseline) == pytest.approx((base.mean(), base[:5].mean()))
+    assert pair_differences(scores[0], "a") == pytest.approx(np.ones((20, 2)))
+    certain = [whole.model_copy(update={"p_value": p}) for p in (0.0, 0.04)]
+    assert [it.p_holm for it in correct(certain)] == [0.0, 0.04], "a p of 0 is the smallest there is"
     assert whole.p_holm == pytest.approx(2 * whole.p_value) and animal.p_holm is None
     assert all((it.p_holm is None) == (it.auxiliary or bool(it.category)) for it in results)
     assert len(results) == 6 + 2 * 6 and len(summarise_all(scores, ["all"] * 20)) == 6
@@ -301,6 +312,19 @@ def test_a_metric_plays_its_role_for_each_model() -> None:
         ("a", "held_out", False, False),
         ("b", "trained_on", False, False),
     ]
+
+
+def test_two_prompts_have_an_interval_and_one_has_none() -> None:
+    """Of the four ways to draw two prompts of two, one in four has the smaller mean, and one the larger."""
+    assert mean_interval(np.array([1.0, 3.0])) == (0.0, 3.0)  # 0 too: two changes prove nothing
+    assert mean_interval(np.array([1.0])) is None
+
+
+def test_scores_are_double_precision_and_none_is_missing() -> None:
+    single = paired_statistics(np.full(3, 0.1, np.float32), np.full(3, 0.3, np.float32))
+    assert single.mean_difference == float(np.float32(0.3)) - float(np.float32(0.1))
+    holes = paired_statistics([1, None, 3], [2, 2, None])
+    assert (holes.num_pairs, holes.num_missing, holes.mean_difference) == (1, 2, 1)
 
 
 def test_plain_lists_are_scores_and_other_shapes_are_refused() -> None:
