@@ -23,7 +23,7 @@ def run(config: InspectConfig) -> Path:
     recognised = recognise_either(config.path, config.data)
     path, source = recognised.path, recognised.source
     if source is None and not recognised.are_candidates:
-        say(f"{path} is {recognised.kind}\n{recognised.advice}")
+        say(f"{path} holds {recognised.kind}\n{recognised.advice}")
         return path
     folder = config.output_dir or Path("runs/inspect") / path.resolve().stem
     if folder.resolve().is_relative_to(path.resolve()):
@@ -40,7 +40,10 @@ def run(config: InspectConfig) -> Path:
         with atomic_path(folder / SHEET) as partial:
             draw_sheet(str(path), blocks).save(partial, format="PNG")
         say(f"contact sheet: {folder / SHEET}")
-    say(f"page: {folder / PAGE}\nnext: {found.next_command}")
+    say(f"page: {folder / PAGE}")
+    if not found.next_command:
+        raise ConfigError(f"nothing of {path} can be used: every row was dropped, for the reasons above; fix the rows")
+    say(f"next: {found.next_command}")
     return folder / PAGE
 
 

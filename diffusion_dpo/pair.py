@@ -18,9 +18,10 @@ from scipy.special import expit
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import PreferencePair
-from diffusion_dpo.data.candidates import Candidate, Unit, find_units
+from diffusion_dpo.data.candidates import Candidate, Unit
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, fit_to
 from diffusion_dpo.data.pairs import PairsData, pair_row
+from diffusion_dpo.data.recognise import images_at
 from diffusion_dpo.data.rows import pair_id
 from diffusion_dpo.data.scores import MetricFacts, read_facts, read_values
 from diffusion_dpo.data.shards import PAIRS, encode_png, write_shard
@@ -40,7 +41,7 @@ def run(config: PairConfig) -> Path:
     beside = config.path if config.path.is_dir() else config.path.parent
     if config.path.is_dir() and config.output_dir.resolve().is_relative_to(config.path.resolve()):
         raise ConfigError(f"output_dir {config.output_dir} lies inside {config.path}; choose another one")
-    units = find_units(config.path, config.prompt_column)
+    units = images_at(config.path, config.prompt_column)
     facts = read_facts(config.scores_dir or beside)
     strategy: Strategy = config.strategy
     main = _choose_metric(config, facts)

@@ -10,7 +10,8 @@ import numpy as np
 
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import say
-from diffusion_dpo.data.candidates import Unit, find_units
+from diffusion_dpo.data.candidates import Unit
+from diffusion_dpo.data.recognise import images_at
 from diffusion_dpo.data.shards import read_columns
 from diffusion_dpo.files import alone_in, claim, finish
 from diffusion_dpo.scorers import Scorer
@@ -22,7 +23,7 @@ from diffusion_dpo.settings import ScoreConfig
 def run(config: ScoreConfig) -> Path:
     """Judge the images that were not judged yet; return the folder of the scores."""
     check_metrics(config.scorers)
-    units = find_units(config.path, config.prompt_column)
+    units = images_at(config.path, config.prompt_column)
     beside = config.path if config.path.is_dir() else config.path.parent
     folder = config.output_dir or beside
     elsewhere = folder.resolve() != beside.resolve()

@@ -14,7 +14,7 @@ from diffusion_dpo.data.text import decode_text
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl")
-_FILE_NAMES = ("file_name", "image_file_name", "file", "filename", "image")
+FILE_NAMES = ("file_name", "image_file_name", "file", "filename", "image")
 """Columns that name an image; the first is the standard of Hugging Face's image folders."""
 
 
@@ -82,11 +82,11 @@ class Captions:
         """Take the prompts of a file with metadata; return whether it has such."""
         is_used = False
         file = self.root / name
-        known = (*_FILE_NAMES, *columns.PROMPT, *([self._column] if self._column else []))
+        known = (*FILE_NAMES, *columns.PROMPT, *([self._column] if self._column else []))
         for _, entry in read_rows(file, known):
             if not isinstance(entry, dict):
                 continue
-            key = next((it for it in _FILE_NAMES if isinstance(entry.get(it), str)), "")
+            key = next((it for it in FILE_NAMES if isinstance(entry.get(it), str)), "")
             column = self._text_column(entry)
             if key and column:
                 self._metadata[join(dirname(name), entry[key])] = _said(entry[column], name)

@@ -47,13 +47,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a path holds. `files` are the visible files below `root` (of very many, a part), relative to it, sorted."""
+    """What a path holds; nothing is looked at before it is asked for."""
 
     path: Path
-    root: Path
-    files: tuple[PurePosixPath, ...]
     table: Table | None = None
     """The rows in question; see `views`."""
+
+    @property
+    def root(self) -> Path:
+        """The folder, or that of the file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def files(self) -> tuple[PurePosixPath, ...]:
+        """The visible files below `root`, relative to it, sorted; of very many, a part."""
+        if self.path.is_file():
+            return (PurePosixPath(self.path.name),)
+        return tuple(sorted(islice(walk(self.path), _MOST_ENTRIES)))
+
+    @cached_property
+    def links(self) -> tuple[str, ...]:
+        """The names of links to folders in `root`, which are not followed."""
+        return tuple(sorted(it.name for it in self.root.iterdir() if it.is_symlink() and it.is_dir()))
 
     @property
     def columns(self) -> frozenset[str]:
@@ -98,8 +113,10 @@ class Holding:
 
         Raises ConfigError when a Parquet file is damaged.
         """
-        yield from (replace(self, table=table) for table in self.tables)
-        yield self
+        for table in (*self.tables, None):
+            view = replace(self, table=table)
+            view.__dict__["files"] = self.files  # one walk is enough
+            yield view
 
     @cached_property
     def tables(self) -> tuple[Table, ...]:
@@ -108,12 +125,10 @@ class Holding:
 
 
 def look_into(path: Path) -> Holding:
-    """Walk a path once; raises ConfigError when there is nothing."""
+    """Return what is at a path, to be walked once; raises ConfigError when there is nothing."""
     if not path.exists():
         raise ConfigError(f"there is no file or folder {path}; name one")
-    if path.is_file():
-        return Holding(path, path.parent, (PurePosixPath(path.name),))
-    return Holding(path, path, tuple(sorted(islice(walk(path), _MOST_ENTRIES))))
+    return Holding(path)
 
 
 def walk(root: Path) -> Iterator[PurePosixPath]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import ConfigDict, model_validator
 
@@ -16,8 +16,11 @@ from diffusion_dpo import registry
 from diffusion_dpo.config import Config, ConfigError, command, no_such_setting, validate
 from diffusion_dpo.console import say
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.holding import Holding, look_into
+from diffusion_dpo.data.holding import Holding, Table, look_into
 from diffusion_dpo.data.image_kinds import DECODED
+
+if TYPE_CHECKING:
+    from diffusion_dpo.data.candidates import Unit
 
 C = TypeVar("C", bound=Config)
 
@@ -50,6 +53,7 @@ class Recognised:
 
 
 CANDIDATES = "candidates"
+_TO_BE_JUDGED = "images to be judged"
 Rule = Callable[[Holding], Recognised | None]
 
 
@@ -59,7 +63,7 @@ def recognise(path: Path, settings: dict[str, Any] | None = None) -> Recognised:
     Raises ConfigError, saying what is there and what is expected, when it is nothing that is known.
     """
     holding = look_into(path)
-    for rule in (_own_folder, _pairs, _candidates):
+    for rule in (_own_folder, _pairs, _by_settings(settings or {}), _candidates):
         found = rule(holding)
         if found is not None:
             return _with_settings(found, settings or {})
@@ -104,6 +108,29 @@ def recognise_either(path: Path, source: PairSource | None) -> Recognised:
     return Recognised(Path(str(source.model_dump().get("path", source.type))), source.noun, source)
 
 
+def images_at(path: Path, prompt_column: str | None = None) -> "list[Unit]":
+    """Return the images to be judged of a path; ConfigError, as of `recognise`, where it holds something else."""
+    from diffusion_dpo.data.candidates import find_units
+
+    ours = _own_folder(look_into(path))
+    if ours is not None:
+        raise ConfigError(refusal(ours, _TO_BE_JUDGED))
+    try:
+        return find_units(path, prompt_column)
+    except ConfigError as error:
+        found = _known(path)
+        if found is None or found.are_candidates:
+            raise
+        raise ConfigError(refusal(found, _TO_BE_JUDGED)) from error
+
+
+def _known(path: Path) -> Recognised | None:
+    try:
+        return recognise(path)
+    except ConfigError:
+        return None
+
+
 def settle(config: C) -> C:
     """Return settings whose `data` names its type; where it was left open, that of what the path holds, and say so.
 
@@ -119,7 +146,7 @@ def settle(config: C) -> C:
 
 def refusal(found: Recognised, wanted: str) -> str:
     """Return the sentence on a path that holds something else than a verb wants."""
-    advice = found.advice or (f"look at it with: {command('inspect', {'path': found.path})}")
+    advice = found.advice or f"look at it with: {command('inspect', {'path': found.path})}"
     return f"{found.path} holds {found.kind}, and {wanted} are needed here; {advice}"
 
 
@@ -142,6 +169,20 @@ def _pairs(holding: Holding) -> Recognised | None:
     return None
 
 
+def _by_settings(settings: dict[str, Any]) -> Rule:
+    """Return the rule that settings name the reader which alone has them, whatever the names in the files."""
+
+    def rule(holding: Holding) -> Recognised | None:
+        able = [(name, reader) for name, reader in _readers().items() if settings.keys() <= reader.model_fields.keys()]
+        if not settings or len(able) != 1:
+            return None
+        [(name, reader)] = able
+        source = validate(reader, {"path": str(holding.path), **settings, "type": name}, where="the settings of data")
+        return Recognised(holding.path, source.noun, source)
+
+    return rule
+
+
 def _with_settings(found: Recognised, settings: dict[str, Any]) -> Recognised:
     """Return the same with the settings that were given beside the path; raises ConfigError where it has no such."""
     if found.source is None or not settings:
@@ -153,17 +194,25 @@ def _with_settings(found: Recognised, settings: dict[str, Any]) -> Recognised:
 
 def _candidates(holding: Holding) -> Recognised | None:
     from diffusion_dpo.data.candidates import image_column
+    from diffusion_dpo.data.captions import FILE_NAMES
 
     tables = [table for table in holding.tables if not table.is_text]
-    if any(image_column(table.columns) for table in tables) or holding.paths(*DECODED):
+    if any(image_column(table.columns) for table in tables):
         return Recognised(holding.path, CANDIDATES)
-    if tables:
-        raise ConfigError(
-            f"{tables[0].files[0]} has the columns {', '.join(sorted(tables[0].columns))}, which are not ours; train "
-            f"on them with data.type=hub data.path={holding.path} data.prompt_column=... (see `diffusion-dpo train "
-            f"--help`).\n{_EXPECTED}"
-        )
+    nameless = [it for it in holding.tables if it.is_metadata and it.columns and not it.columns & set(FILE_NAMES)]
+    if holding.paths(*DECODED) and not nameless:
+        return Recognised(holding.path, CANDIDATES)
+    if foreign := [*nameless, *tables]:
+        raise ConfigError(_foreign(holding.path, foreign[0]))
     return None
+
+
+def _foreign(path: Path, table: Table) -> str:
+    return (
+        f"{table.files[0]} has the columns {', '.join(sorted(table.columns))}, which are not ours; rename them, or "
+        f"train on them with data.type=hub data.path={table.files[0] if table.is_text else path} "
+        f"data.prompt_column=... (see `diffusion-dpo train --help`).\n{_EXPECTED}"
+    )
 
 
 _OWN: dict[str, tuple[str, Callable[[Path], str]]] = {
@@ -194,4 +243,6 @@ def _own_folder(holding: Holding) -> Recognised | None:
 def _unknown(holding: Holding) -> str:
     found = Counter({suffix or "no extension": count for suffix, count in holding.suffixes.items()})
     counts = ", ".join(f"{count} x {suffix}" for suffix, count in found.most_common(8)) or "no files at all"
-    return f"nothing to inspect in {holding.path.resolve()}: it holds {counts}.\n{_EXPECTED}"
+    links = f", and links to folders, which are not followed: {', '.join(holding.links)}" if holding.links else ""
+    links += "; copy what they lead to, or give the folder that holds it" if links else ""
+    return f"nothing to read in {holding.path.resolve()}: it holds {counts}{links}.\n{_EXPECTED}"

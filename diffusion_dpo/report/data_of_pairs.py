@@ -45,6 +45,7 @@ from diffusion_dpo.report.data_page import (
     spread_evenly,
 )
 from diffusion_dpo.report.words import count, percent, shorten
+from diffusion_dpo.settings import TrainConfig
 
 _SIDES = ("chosen", "rejected")
 _FACE_AREA = "face_area"
@@ -54,6 +55,7 @@ _ADVICE = (
     "a model that is tuned on these pairs may learn that rather than what you prefer: balance the pairs, or judge by "
     "something that does not follow it"
 )
+_BROKEN: float = TrainConfig.model_fields["max_broken_share"].default
 _TOP_PROMPTS = 5
 _LARGE_SHARE, _TOP_SHARE, _MIN_PROMPTS = 0.1, 0.5, 100
 """A prompt with more of the pairs, or one per cent of at least so many prompts with more of them, is warned of."""
@@ -93,10 +95,9 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
     untold = [f"{it.sentence}; under so few prompts that may be chance" for it in confounds if it.is_untold]
     loud_ones = [*(it.sentence for it in loud), *([_ADVICE] if loud else [])]
     warnings = [*loud_ones, *untold, *warnings, *_dominance(groups, top)]
-    settings = source.model_dump(mode="json", exclude_defaults=True) | {"path": str(path)}
-    if source.type == "pairs":
-        del settings["type"]
-    objective = {"loss.type": "kto"} if isinstance(source, LabelledData) else {}
+    if records and found.broken_share > _BROKEN:
+        refused = f"{percent(found.broken_share)} of the rows are broken, and training takes {percent(_BROKEN)}"
+        warnings.append(f"{refused}: fix them, or raise max_broken_share")
     return Findings(
         headline=_headline(records, groups, loud, len({it.prompt for it in decided})),
         tiles=_tiles(found, records, groups),
@@ -110,7 +111,7 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
         ),
         warnings=tuple(warnings),
         dropped=found.dropped,
-        next_command=command("train", {f"data.{name}": value for name, value in settings.items()} | objective),
+        next_command=_next_command(path, source, found.broken_share) if records else "",
         sheets=tuple(_sheets(found, records, num_images // 2)),
         scores=tuple(Scores(name, *(_scores(records, side, name) for side in _SIDES)) for name in metrics),
         confounds=tuple(confounds),
@@ -124,6 +125,17 @@ def _with_ties(source: PairSource) -> PairSource:
     """Return the source with its ties, which are counted here, unless somebody asked for something else."""
     unasked = "ties" in type(source).model_fields and "ties" not in source.model_fields_set
     return source.model_copy(update={"ties": "keep"}) if unasked else source
+
+
+def _next_command(path: Path, source: PairSource, broken_share: float) -> str:
+    settings = source.model_dump(mode="json", exclude_defaults=True)
+    settings.setdefault("path", str(path))
+    if source.type == "pairs":
+        del settings["type"]
+    more: dict[str, Any] = {"loss.type": "kto"} if isinstance(source, LabelledData) else {}
+    if broken_share > _BROKEN:
+        more["max_broken_share"] = math.ceil(100 * broken_share) / 100
+    return command("train", {f"data.{name}": value for name, value in settings.items()} | more)
 
 
 # --- what predicts the label -----------------------------------------------------------------------------------------
@@ -272,11 +284,12 @@ def _counts(source: PairSource, found: Collected, records: Sequence[PairRecord])
     num_pairs = sum(it.is_pair for it in records)
     sizes_px = (size for it in records for size in (it.chosen_size_px, it.rejected_size_px) if any(size))
     return [
-        ("kind", f"{'pairs' if num_pairs else 'labelled images'} (data.type={source.type})"),
+        ("kind", f"{source.noun} (data.type={source.type})"),
         ("rows", str(len(records) + len(found.dropped))),
-        ("pairs", str(num_pairs) if num_pairs else ""),
-        ("liked images", str(sum(bool(it.chosen_uid) for it in records)) if not num_pairs else ""),
-        ("disliked images", str(sum(bool(it.rejected_uid) for it in records)) if not num_pairs else ""),
+        *(("left out", line) for line in source.left_out()),
+        ("pairs", str(num_pairs) if num_pairs or not records else ""),
+        ("liked images", str(sum(bool(it.chosen_uid) for it in records)) if records and not num_pairs else ""),
+        ("disliked images", str(sum(bool(it.rejected_uid) for it in records)) if records and not num_pairs else ""),
         ("ties", str(sum(it.label_prob == 0.5 for it in records))),
         ("prompts", f"{len(set(prompts))} different; words: {spread(len(prompt.split()) for prompt in prompts)}"),
         ("image sizes", sizes(sizes_px)),

@@ -207,7 +207,7 @@ def test_inspect_counts_them_draws_them_and_names_a_command_that_works(
     assert "pairs 0" not in out
     assert "dropped: 1" in out
     command = out.split("next: diffusion-dpo train ")[1].split()
-    assert command == ["data.type=labelled", f"data.path={tmp_path / 'd'}", "loss.type=kto"]
+    assert command == ["data.type=labelled", f"data.path={tmp_path / 'd'}", "loss.type=kto", "max_broken_share=0.25"]
 
 
 # --- training --------------------------------------------------------------------------------------------------------
