@@ -29,8 +29,7 @@ def run(config: LabelConfig) -> Path:
     for package in ("starlette", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"label needs {package}, of the extra `label`: pip install 'diffusion-dpo[label]'")
-    with _opened(config) as study:
-        listener = _listen(config)
+    with _claimed(config) as identity, _listen(config) as listener, _opened(config, identity) as study:
         port = listener.getsockname()[1]
         token = config.token or secrets.token_urlsafe(18)
         say(f"label: {len(study.items)} pairs, {study.counts()['pair']} votes so far, in {config.output_dir}")
@@ -45,14 +44,14 @@ def run(config: LabelConfig) -> Path:
 
 def export(config: LabelConfig) -> Path:
     """Write the pairs of the votes so far, without serving a page; return their folder."""
-    with _opened(config) as study:
+    with _claimed(config) as identity, _opened(config, identity) as study:
         _tell(config, study)
     return config.output_dir
 
 
 @contextmanager
-def _opened(config: LabelConfig) -> Iterator[Study]:
-    """Yield the study of a folder, which is ours while it lasts."""
+def _claimed(config: LabelConfig) -> Iterator[dict[str, Any]]:
+    """Make a study's folder ours, and yield what the study is known by there."""
     folder = config.output_dir
     source = config.path if config.data is None else config.data.model_dump().get("path")
     if isinstance(source, Path) and not source.exists():  # a text may be the name of a data set on the hub
@@ -64,20 +63,28 @@ def _opened(config: LabelConfig) -> Iterator[Study]:
     with claim(folder, "label", identity):
         with atomic_path(folder / "config.yaml") as partial:  # without what lets others vote, who may read it
             partial.write_text(dump(config.model_copy(update={"token": None})), encoding="utf-8")
-        items = make_items(config, folder)
-        finish(folder, "label", identity, num_items=len(items))
-        with Log(folder / LOG) as log:
-            yield Study(config, items, log)
+        yield identity
+
+
+@contextmanager
+def _opened(config: LabelConfig, identity: dict[str, Any]) -> Iterator[Study]:
+    """Yield the study of a folder, whose images are written first where it is new."""
+    folder = config.output_dir
+    items = make_items(config, folder)
+    finish(folder, "label", identity, num_items=len(items))
+    with Log(folder / LOG) as log:
+        yield Study(config, items, log)
 
 
 def _listen(config: LabelConfig) -> socket.socket:
+    """Return a socket at the address of the settings, before anything takes time; who comes early waits."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # TCP by name: where a socket does not say so, asyncio leaves Nagle's algorithm on, and answers come 40 ms late.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
-        listener.listen()  # whoever opens the address as soon as it is printed waits, and is not refused
+        listener.listen()
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:

@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.candidates import find_candidates, find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
-from diffusion_dpo.data.left_out import some
+from diffusion_dpo.data.left_out import describe, some
 from diffusion_dpo.data.recognise import recognise_either, refusal
 from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.data.votes import ITEMS, read_lines
@@ -100,27 +101,31 @@ def _find(config: LabelConfig) -> Iterator[_Pair]:
     if source is None:
         yield from _of_candidates(config)
         return
+    left_out: dict[str, list[str]] = defaultdict(list)
     for row in source.read():
         if isinstance(row, Dropped):
-            warn(f"left out {row.where}: {row.reason}")
+            left_out[row.reason].append(row.where)
         elif sides := _sides(row):
             # in an order that the label has no part in
             first, second = sorted((uid for uid, _ in sides), key=lambda uid: _hash(config.seed, "first", uid))
             yield row.prompt, first, second, ""
+    _warn_of(left_out)
 
 
 def _of_candidates(config: LabelConfig) -> Iterator[_Pair]:
     """Yield pairs of the images of a prompt: neighbours on a ring in random order, then those two apart, and so on."""
     groups: dict[str, tuple[str, set[str]]] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
     without: list[str] = []
     for unit in find_units(config.path, config.prompt_column):
         for candidate in unit.read(images=False):
             if candidate.broken:
-                warn(f"left out {candidate.where}: {candidate.broken}")
+                left_out[candidate.broken].append(candidate.where)
             elif candidate.group:
                 groups.setdefault(candidate.group, (candidate.prompt, set()))[1].add(candidate.uid)
             else:
                 without.append(f"{candidate.where} ({candidate.no_prompt})")
+    _warn_of(left_out)
     if without:
         warn(f"{len(without)} images have no prompt and are not asked about: {some(without)}")
     for prompt, uids in groups.values():
@@ -167,6 +172,7 @@ def _write_images(config: LabelConfig, folder: Path, pairs: Sequence[_Pair], num
     needed = {uid for _, *both, _ in pairs for uid in both}
     checked = {first for _, first, _, _ in pairs[:num_checks]}
     names: dict[str, str] = {}
+    left_out: dict[str, list[str]] = defaultdict(list)
     with progress("images", len(needed), "images") as advance:
         for uid, data in _read_images(config):
             if not needed:
@@ -181,8 +187,15 @@ def _write_images(config: LabelConfig, folder: Path, pairs: Sequence[_Pair], num
                 if uid in checked:
                     names[_RUINED + uid] = _write(folder, _ruin(image))
             except BrokenImage as error:
-                warn(f"left out what is asked of image {uid}: {error}")
+                left_out[str(error)].append(f"image {uid}")
+    _warn_of(left_out)
     return names
+
+
+def _warn_of(left_out: Mapping[str, Sequence[str]]) -> None:
+    """Say in one line which images and pairs are not asked about, by reason."""
+    if left_out:
+        warn(f"left out: {describe(left_out)}")
 
 
 def _read_images(config: LabelConfig) -> Iterator[tuple[str, bytes]]:

@@ -1,8 +1,10 @@
 """Who is asked what: blind and fair sides, repeats, checks, leases, undo, and a state that is the log's replay."""
 
+import asyncio
 import errno
 import json
 import os
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from diffusion_dpo.label.log import Log
 from diffusion_dpo.label.results import results_of
 from diffusion_dpo.label.study import Study, Task, UnknownTask
 from diffusion_dpo.settings import LabelConfig
-from tests.label.studies import make_config
+from tests.label.studies import make_config, write_candidates
 
 
 class Clock:
@@ -295,3 +297,43 @@ def test_an_undo_without_a_key_is_one_of_an_earlier_version(tmp_path: Path) -> N
     with (config.output_dir / "votes.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"event": "undo", "vote": "a-vote", "rater": "ann", "time": 1.0}\n')
     assert open_study(config).standing() == []
+
+
+def test_a_port_that_is_taken_is_found_before_any_image_is_written(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        config = make_config(tmp_path, f"port={port}")
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
+            label.run(config)
+    assert not (config.output_dir / "images").exists()
+
+
+def test_answers_are_not_held_back(tmp_path: Path) -> None:
+    """What asyncio accepts on a socket that does not name TCP has Nagle's algorithm on: 40 ms an answer."""
+    config = make_config(tmp_path, "port=0")
+    with label._listen(config) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+        async def is_undelayed() -> int:
+            accepted = asyncio.get_running_loop().create_future()
+
+            async def take(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                option = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                accepted.set_result(option)
+                writer.close()
+
+            async with await asyncio.start_server(take, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                found: int = await accepted
+                writer.close()
+            return found
+
+        assert asyncio.run(is_undelayed())
+
+
+def test_images_that_are_left_out_are_one_line_by_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_candidates(tmp_path / "candidates", [str(n) for n in range(40)], side_px=16)
+    with pytest.raises(ConfigError, match="every image is broken"):
+        label.export(make_config(tmp_path))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert line.startswith("warning: left out: 80 x smaller than 32 px (image ") and len(line) < 200
