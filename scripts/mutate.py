@@ -144,7 +144,7 @@ class Bench:
         return found
 
     def outcome(self, mutant: Mutant, source: str, tests: list[str], limit: float) -> tuple[str, str]:
-        """Return "survived", or "killed" or "timeout" and the test that did it."""
+        """Return "survived", or "killed" and the test that did it; "timeout" where the child took too long or died."""
 
         def work() -> list[str]:
             gc.freeze()  # the libraries, which a collection would go through again and again
@@ -152,6 +152,8 @@ class Bench:
             os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             chosen = Chosen(tests)
             code = self._pytest(["-x", *dict.fromkeys(name.partition("::")[0] for name in tests)], chosen)
+            if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+                return ["no tests", ""]
             return ["survived" if code == pytest.ExitCode.OK else "killed", chosen.failed]
 
         path = self.repo / mutant.file
@@ -233,6 +235,10 @@ def run(mutants: dict[str, list[tuple[str, Mutant]]], sources: dict[str, str], r
         for files, modules in groups.items():
             known = bench.baseline(modules, list(files))
             limit = 30 + 5 * sum(known["seconds"].values())
+            nothing = Mutant(modules[0], 0, 0, "", 1, 1, 1, False)
+            outcome, test = bench.outcome(nothing, sources[modules[0]], list(known["seconds"]), limit)
+            if outcome != "survived":  # or every mutant would seem to be killed
+                sys.exit(f"the tests of {modules} do not pass in a child where nothing is changed: {test or outcome}")
             for key, mutant in [one for module in modules for one in mutants[module]]:
                 if time.monotonic() > end:
                     return

@@ -64,6 +64,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000015"]
 
 
+def test_a_damaged_one_of_the_same_step_is_replaced(tmp_path: Path):
+    path = save(tmp_path, 10, value=1.0)
+    (path / "trained.safetensors").write_bytes(b"")
+    assert save(tmp_path, 10, value=2.0) == path
+    found = checkpoint.load_latest(tmp_path)
+    assert found is not None and found.parts["trained"]["a"].tolist() == [2.0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+
+
 @pytest.mark.parametrize("call", range(12))
 def test_a_failure_at_any_moment_of_saving_leaves_the_old_one(
     tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch

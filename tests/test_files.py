@@ -8,7 +8,7 @@ import pytest
 
 from diffusion_dpo import files
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.files import MANIFEST, alone_in, claim, put_in_place, read_manifest
+from diffusion_dpo.files import MANIFEST, alone_in, atomic_path, claim, put_in_place, read_manifest
 
 
 def made(folder: Path, identity: dict[str, Any]) -> None:
@@ -108,3 +108,35 @@ def test_what_is_left_half_written_is_cleared_up(tmp_path: Path) -> None:
     (tmp_path / ".mine.partial").touch()
     with alone_in(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".lock", ".mine.partial"}
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut keeps only what was fsynced: the content first, and then the name."""
+    path, done = tmp_path / "facts.json", list[tuple[str, int, int]]()
+    path.write_text("old")
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        state = os.fstat(handle)
+        done.append(("fsync", state.st_ino, state.st_size if state.st_ino != tmp_path.stat().st_ino else 0))
+        real_fsync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        assert target == path and path.read_text() == "old"
+        done.append(("replace", source.stat().st_ino, source.stat().st_size))
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with atomic_path(path) as partial:
+        partial.write_text("longer than the old one")
+    file = path.stat()
+    assert done == [
+        ("fsync", file.st_ino, file.st_size),
+        ("replace", file.st_ino, file.st_size),
+        ("fsync", tmp_path.stat().st_ino, 0),
+    ]
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "longer than the old one" and os.listdir(tmp_path) == ["facts.json"]
