@@ -1,9 +1,8 @@
-"""Prompts from text, TSV, JSON and JSON lines; an id says which prompt it is, never where in a file it stands."""
+"""Prompts from text, tables, JSON and Parquet; an id says which prompt it is, never where in a file it stands."""
 
-import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,11 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
 from diffusion_dpo.data.inside import read_inside
+from diffusion_dpo.data.left_out import some
+from diffusion_dpo.data.shards import column_names, located_rows
 from diffusion_dpo.data.suites import SUITES, suite_files
+from diffusion_dpo.data.tables import prompt_value, read_table, text_column
+from diffusion_dpo.data.text import decode_text
 from diffusion_dpo.pocket.world import distinct_scenes, num_captions
 
 NUM_POCKET_PROMPTS = 64
@@ -35,28 +38,29 @@ class Prompt:
 
 
 def read_prompts(path: Path | None, *, limit: int | None = None, held_out: bool = False) -> list[Prompt]:
-    """Return the prompts of a .txt, .tsv, .json or .jsonl file, in its order; for None, prompts of the pocket world.
+    """Return the prompts of a text file, a table or JSON, in its order; for None, prompts of the pocket world.
 
     A name of SUITES that is no file here stands for that suite, which is downloaded once, and `pocket` for prompts of
     the pocket world's held-out tenth, which `held_out` asks for, too. Repeated prompts are kept once, in their first
-    category, and counted. Raises ConfigError for a file that is missing, unreadable, without a `prompt` column, or
+    category, and counted. Raises ConfigError for a file that is missing, unreadable, without a column of prompts, or
     empty, for a reference that is no image inside the file's folder, and for a limit above what the pocket world has.
     """
     name = _suite_name(path)
     if path is None or name == _POCKET:
         return _pocket_prompts(limit or NUM_POCKET_PROMPTS, held_out or name == _POCKET)
     paths = suite_files(name) if name else [path]
-    readers = {".txt": _read_txt, ".tsv": _read_tsv, ".json": _read_json, ".jsonl": _read_jsonl}
-    if any(it.suffix not in readers for it in paths):
+    if any(it.suffix.lower() not in _READERS for it in paths):
+        *others, last = _READERS
         raise ConfigError(
-            f"prompts_path {path} must end in .txt, .tsv, .json or .jsonl, or be the name of a suite, "
+            f"prompts_path {path} must end in {', '.join(others)} or {last}, or be the name of a suite, "
             f"{', '.join(SUITES)} or {_POCKET}"
         )
+    absent = next((it for it in paths if not it.is_file()), None)
+    if absent is not None:
+        raise ConfigError(f"prompts_path: there is no file {absent}")
     try:
-        found = [prompt for it in paths for prompt in readers[it.suffix](it)]
-    except FileNotFoundError as error:
-        raise ConfigError(f"prompts_path: there is no file {error.filename}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        found = [prompt for it in paths for prompt in _READERS[it.suffix.lower()](it)]
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompts_path: cannot read {path}: {error}") from None
     unique: dict[str, Prompt] = {}
     num_refiled = 0
@@ -129,7 +133,7 @@ def _prompt(text: str, prompt_id: Any = None, references: tuple[bytes, ...] = ()
 
 def _lines(path: Path) -> list[str]:
     """Return the lines of a text file; what else Unicode calls a line break may stand inside a prompt."""
-    return path.read_text(encoding="utf-8-sig").split("\n")
+    return decode_text(path.read_bytes()).split("\n")
 
 
 def _read_txt(path: Path) -> Iterator[Prompt]:
@@ -138,33 +142,63 @@ def _read_txt(path: Path) -> Iterator[Prompt]:
             yield _prompt(line)
 
 
-def _read_tsv(path: Path) -> Iterator[Prompt]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        columns = {(name or "").strip().lower(): name for name in rows.fieldnames or []}
-        if "prompt" not in columns:
-            raise ConfigError(
-                f"{path}: the first line must name a column `prompt`; it names {', '.join(columns) or 'none'}"
-            )
-        for row in rows:
-            if (row[columns["prompt"]] or "").strip():
-                category = row.get(columns.get("category", ""))
-                yield _prompt(row[columns["prompt"]], row.get(columns.get("id", "")), category=category)
+def _read_table(path: Path) -> Iterator[Prompt]:
+    """Read .csv and .tsv; the prompt may be called Prompts (DrawBench), Prompt (PartiPrompts), text or caption."""
+    yield from _of_rows(path, read_table(path))
+
+
+def _read_parquet(path: Path) -> Iterator[Prompt]:
+    present = column_names(path)
+    wanted = [name for name in present if name.lower() in ("id", "category", "tag")]
+    column = text_column(present)
+    yield from _of_rows(
+        path, located_rows(path, [*wanted, column]) if column else iter([("", dict.fromkeys(present))])
+    )
+
+
+def _of_rows(path: Path, rows: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[Prompt]:
+    """Return the prompts of a table; rows without one are counted, and passed over."""
+    column, names, without = None, {}, []
+    for where, row in rows:
+        if column is None:
+            column, names = text_column(row), {name.strip().lower(): name for name in row}
+            if column is None:
+                raise ConfigError(
+                    f"{path}: a column must be called `prompt`, `text` or `caption`; the columns are {', '.join(row)}"
+                )
+        text, fault = prompt_value(row[column])
+        if fault:
+            without.append(f"{where}: {fault}")
+            continue
+        category = row.get(names.get("category", "")) or row.get(names.get("tag", ""))
+        yield _prompt(text, row.get(names.get("id", "")), category=category)
+    if without:
+        say(f"{path}: {len(without)} rows have no prompt and are passed over ({some(without)})")
 
 
 def _read_json(path: Path) -> Iterator[Prompt]:
-    """Read a list of texts, whose category is the file's name, or lists by category, as HPSv2's benchmark has them."""
+    """Read a list of texts or of objects, whose category is the file's name, or lists by category, as HPSv2 has them.
+
+    Objects by an id, as GenAI-Bench has them, are read, too.
+    """
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(decode_text(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
+    if isinstance(data, dict) and data and all(isinstance(it, dict) for it in data.values()):
+        data = [{"id": name, **it} for name, it in data.items()]
     lists = data if isinstance(data, dict) else {path.stem: data}
-    for category, texts in lists.items():
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f"{path} must hold a list of texts, or such lists by category")
-        if not all(map(_is_unicode, (category, *texts))):
-            raise ConfigError(f"{path}: half of a surrogate pair is not valid Unicode; mend the escape")
-        yield from (_prompt(text, category=category) for text in texts if text.strip())
+    for category, items in lists.items():
+        if not isinstance(items, list) or not all(isinstance(it, str | dict) for it in items):
+            raise ConfigError(f"{path} must hold a list of texts or objects, or such lists by category")
+        for number, item in enumerate(items):
+            where = f"{path} item {number}"
+            if isinstance(item, dict):
+                yield _of_object(path, item, where, category if isinstance(data, dict) else "")
+            elif not all(map(_is_unicode, (category, item))):
+                raise ConfigError(f"{where}: half of a surrogate pair is not valid Unicode; fix the escape")
+            elif item.strip():
+                yield _prompt(item, category=category)
 
 
 def _read_jsonl(path: Path) -> Iterator[Prompt]:
@@ -175,20 +209,38 @@ def _read_jsonl(path: Path) -> Iterator[Prompt]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-            raise ConfigError(f'{path} line {number} needs a text `prompt`, e.g. {{"prompt": "a red circle"}}')
-        tag = row.get("tag")  # what GenEval calls its categories, and other people other things
-        category = row.get("category") or (tag if isinstance(tag, str) else "")
-        if not isinstance(category, str | int):
-            raise ConfigError(f"{path} line {number}: `category` must be a text")
-        if not all(map(_is_unicode, (row["prompt"], str(row.get("id")), str(category)))):
-            raise ConfigError(f"{path} line {number}: half of a surrogate pair is not valid Unicode; mend the escape")
-        names = row.get("references") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"{path} line {number}: `references` must be a list of file names")
-        where = f"{path} line {number}"
-        references = tuple(_reference(path.parent, name, where) for name in names)
-        yield _prompt(row["prompt"], row.get("id"), references, category)
+        yield _of_object(path, row, f"{path} line {number}")
+
+
+def _of_object(path: Path, row: Any, where: str, category: str = "") -> Prompt:
+    """Return the prompt of an object of JSON, with its id, category and references."""
+    column = text_column(row) if isinstance(row, dict) else None
+    text, fault = prompt_value(row[column]) if column else ("", "no prompt")
+    if fault:
+        raise ConfigError(
+            f'{where} needs a text `prompt`, `text` or `caption`, e.g. {{"prompt": "a red circle"}}; here: {fault}'
+        )
+    tag = row.get("tag")  # what GenEval calls its categories, and other people other things
+    category = row.get("category") or (tag if isinstance(tag, str) else "") or category
+    if not isinstance(category, str | int):
+        raise ConfigError(f"{where}: `category` must be a text")
+    if not all(map(_is_unicode, (text, str(row.get("id")), str(category)))):
+        raise ConfigError(f"{where}: half of a surrogate pair is not valid Unicode; fix the escape")
+    names = row.get("references") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: `references` must be a list of file names")
+    references = tuple(_reference(path.parent, name, where) for name in names)
+    return _prompt(text, row.get("id"), references, category)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Prompt]]] = {
+    ".txt": _read_txt,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
 
 
 def _is_unicode(text: str) -> bool:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diffusion_dpo.config import ConfigError
@@ -26,6 +28,47 @@ def test_three_formats_give_the_same_prompts(tmp_path: Path):
     read = [read_prompts(path) for path in files]
     assert read[0] == read[1] == read[2]
     assert [prompt.text for prompt in read[0]] == ["a red circle", "a blue square"]
+
+
+BOTH = [("a red circle", "x"), ("a blue, square", "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("drawbench.csv", 'Prompts,Category\r\na red circle,x\r\n"a blue, square",\r\n'),
+        ("excel.csv", "\ufeffcategory;TEXT\nx;a red circle\n;a blue, square\n"),
+        ("parti.tsv", "Prompt\tCategory\tChallenge\tNote\na red circle\tx\ty\t\na blue, square\t\t\t\n"),
+        ("upper.CSV", 'caption,category\na red circle,x\n\n"a blue, square"\n'),
+        ("lines.jsonl", '{"text": "a red circle", "category": "x"}\n{"caption": "a blue, square"}\n'),
+        ("genai.json", '{"0": {"prompt": "a red circle", "category": "x"}, "1": {"prompt": "a blue, square"}}'),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_prompts_as_others_keep_them(tmp_path: Path, name: str, text: str, encoding: str):
+    (tmp_path / name).write_bytes(
+        text.encode(encoding) if encoding == "utf-8" else text.lstrip("\ufeff").encode(encoding)
+    )
+    assert [(it.text, it.category) for it in read_prompts(tmp_path / name)] == BOTH
+
+
+def test_json_of_objects_and_parquet_are_read_and_rows_without_a_prompt_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write(tmp_path, "a.json", '[{"prompt": "one", "id": 3}, "two"]')
+    assert [(it.id, it.text, it.category) for it in read_prompts(path)] == [
+        ("3", "one", ""),
+        (read_prompts(write(tmp_path, "a.txt", "two"))[0].id, "two", "a"),
+    ]
+    table = pa.table({"image": [b"x"] * 4, "Caption": ["one", None, "two", " "], "id": [5, 6, 7, 8]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [(it.id, it.text) for it in read_prompts(tmp_path / "a.parquet")] == [("5", "one"), ("7", "two")]
+    assert "2 rows have no prompt and are passed over (a.parquet row 1: no prompt, a.parquet row 3" in (
+        capsys.readouterr().out
+    )
+    pq.write_table(table.select(["id"]), tmp_path / "b.parquet")
+    with pytest.raises(ConfigError, match=r"a column must be called .*; the columns are id"):
+        read_prompts(tmp_path / "b.parquet")
 
 
 def test_an_id_is_the_content_unless_it_is_given_and_never_the_position(tmp_path: Path):
@@ -106,11 +149,17 @@ def test_more_prompts_than_the_pocket_world_has_are_refused_at_once():
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "prompt\n", r"must end in .txt, .tsv, .json or .jsonl"),
+        ("a.xlsx", "prompt\n", r"must end in .txt, .csv, .tsv, .json, .jsonl or .parquet"),
+        ("a.csv", "prompt\n", "holds no prompts"),
+        ("a.csv", "prompt,id\na cat, a dog,1\n", r"a.csv line 2 has 3 values for 2 columns \(prompt, id\); put"),
+        ("a.csv", 'prompt\n"half a quote\n', "cannot read"),
+        ("a.json", '[{"prompt": "one"}, {"words": "two"}]', "item 1 needs a text `prompt`"),
+        ("a.json", "[1]", "a list of texts or objects"),
         ("a.txt", "\n \n", "holds no prompts"),
-        ("a.tsv", "text\tid\nx\t1\n", "must name a column `prompt`; it names text, id"),
+        ("a.tsv", "words\tid\nx\t1\n", "must be called `prompt`, `text` or `caption`; the columns are words, id"),
         ("a.jsonl", '{"prompt": "one"}\n{oops\n', "line 2 is not JSON"),
-        ("a.jsonl", '{"text": "one"}\n', "line 1 needs a text `prompt`"),
+        ("a.jsonl", '{"words": "one"}\n', "line 1 needs a text `prompt`"),
+        ("a.jsonl", '{"prompt": ["one", "two"]}\n', "line 1 needs .*; here: 2 prompts for one image"),
         ("a.jsonl", '{"prompt": "one", "references": "x.png"}\n', "`references` must be a list"),
         (
             "a.jsonl",
