@@ -14,6 +14,7 @@ from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, writ
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
 from diffusion_dpo.mixture import Source, announce, describe, refuse_lacking_references, sources_of
+from diffusion_dpo.models.prompt_cuts import Told
 from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline, make_scheduler
 from diffusion_dpo.settings import GenerateConfig
 
@@ -61,6 +62,8 @@ def run(config: GenerateConfig) -> Path:
                 + (f"; {done} of {total} are there already" if done else "")
             )
             announce(sources, config.num_images_per_prompt)
+            told = Told()
+            told.of_syntax(prompt.text for prompt in prompts)
             with progress("generate", total, "images", done=done) as advance:
                 for source in sources:  # one model in memory at a time
                     portion = [shard for shard in missing if shard.source is source]
@@ -69,6 +72,7 @@ def run(config: GenerateConfig) -> Path:
                     pipeline = load_pipeline(source.model, device=device, dtype=dtype)
                     if source.scheduler is not None:
                         pipeline.scheduler = make_scheduler(pipeline, source.scheduler)
+                    told.of_cuts(pipeline, (prompt.text for prompt in prompts))
                     for shard in portion:
                         write_shard(shard.path, _rows(pipeline, shard, identity, advance), CANDIDATES)
                     del pipeline

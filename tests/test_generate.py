@@ -71,6 +71,22 @@ def test_a_rerun_draws_only_what_is_missing(tiny_sd: Path, tmp_path: Path, capsy
     assert [path.read_bytes() for path in shards] == [before[path][0] for path in shards]
 
 
+def test_prompts_that_are_not_taken_as_they_are_meant_are_said_once(
+    tiny_sd: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    long = "one two three four five six seven eight nine ten " * 12
+    prompts = f"{long} red\n{long} blue\n(a:1) BREAK\n"
+    generate.run(make_config(tiny_sd, tmp_path / "out", prompts))
+    out, err = capfd.readouterr()
+    assert out.count("2 of 3 prompts are cut, since the text encoder reads 16 tokens") == 1
+    assert "; 2 of them become the same as another" in out
+    assert (
+        out.count("1 of 3 prompts are in the syntax of A1111 or ComfyUI: weights such as (word:1.2) (1), BREAK") == 1
+    )
+    for wall in ("truncated", "indexing errors"):
+        assert wall not in out + err
+
+
 def test_an_interrupted_run_leaves_whole_shards_and_goes_on(tiny_sd: Path, tmp_path: Path):
     config = make_config(tiny_sd, tmp_path / "out")
     drawn = []

@@ -17,6 +17,7 @@ from diffusion_dpo.data.comparisons import unit
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.prompts import Prompt
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
+from diffusion_dpo.models.prompt_cuts import Told
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline
 from diffusion_dpo.settings import CompareConfig
@@ -51,6 +52,8 @@ def draw_all(
     plan = {compared.name: _plan(config, compared, prompts, precision) for compared in lineup}
     # looked up once, by one process: the others may be drawing already while one still looks
     there = processes.from_main({str(it.path) for shards in plan.values() for it in shards if it.path.exists()})
+    told = Told()
+    told.of_syntax(prompt.text for prompt in prompts)
     for compared in lineup:
         shards = plan[compared.name]
         missing = [shard for shard in shards if str(shard.path) not in there]
@@ -62,6 +65,7 @@ def draw_all(
             continue
         shards[0].path.parent.mkdir(parents=True, exist_ok=True)
         pipeline = load_pipeline(compared.model, device=device, dtype=dtype)
+        told.of_cuts(pipeline, (prompt.text for prompt in prompts))
         done = sum(len(shard.prompts) for shard in shards) - sum(len(shard.prompts) for shard in missing)
         total = done + sum(len(shard.prompts) for shard in mine)
         with progress(compared.name, total, "images", done=done) as advance:

@@ -32,6 +32,7 @@ from diffusion_dpo.report.data_page import (
     spread,
     spread_evenly,
 )
+from diffusion_dpo.report.prompt_warnings import prompt_warnings
 from diffusion_dpo.report.words import count
 
 _MISSING = Verdict(math.nan, "")
@@ -97,7 +98,10 @@ def look_at_candidates(path: Path, num_images: int, prompt_column: str | None = 
             *drop_rows(dropped),
             ("left out", describe(there.left_out)),
         ),
-        warnings=tuple(_mixed_settings(seen)),
+        warnings=(
+            *_mixed_settings(seen),
+            *prompt_warnings({it.prompt: it.where for it in reversed(seen) if it.prompt}),
+        ),
         dropped=tuple(dropped),
         next_command=command("pair" if facts else "score", {"path": str(path)} | column),
         sheets=(Sheet("Examples", blocks),) if blocks else (),

@@ -44,6 +44,7 @@ from diffusion_dpo.report.data_page import (
     spread,
     spread_evenly,
 )
+from diffusion_dpo.report.prompt_warnings import prompt_warnings
 from diffusion_dpo.report.words import count, percent, shorten
 from diffusion_dpo.settings import TrainConfig
 
@@ -94,7 +95,8 @@ def look_at_pairs(path: Path, source: PairSource, num_images: int) -> Findings:
     loud = [it for it in confounds if it.is_loud]
     untold = [f"{it.sentence}; under so few prompts that may be chance" for it in confounds if it.is_untold]
     loud_ones = [*(it.sentence for it in loud), *([_ADVICE] if loud else [])]
-    warnings = [*loud_ones, *untold, *warnings, *_dominance(groups, top)]
+    places = {prompt: group[0].where for prompt, group in groups.items()}
+    warnings = [*loud_ones, *untold, *warnings, *_dominance(groups, top), *prompt_warnings(places)]
     if records and found.broken_share > _BROKEN:
         refused = f"{percent(found.broken_share)} of the rows are broken, and training takes {percent(_BROKEN)}"
         warnings.append(f"{refused}: fix them, or raise max_broken_share")

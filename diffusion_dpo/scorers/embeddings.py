@@ -56,8 +56,10 @@ class PromptEmbeddings:
             self._known.update(zip(new, vectors, strict=True))
             if num_cut and not self._has_warned:
                 self._has_warned = True
+                same = len(new) - len({vector.numpy(force=True).tobytes() for vector in vectors})
                 warn(
                     f"{num_cut} of {len(new)} prompts are longer than the model's {self._length} tokens; only their "
                     "beginning counts, here and later on"
+                    + (f", so that {same} of them repeat another one to this judge" if same else "")
                 )
         return torch.stack([self._known[prompt] for prompt in prompts])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from diffusion_dpo.data.lazy import LazySequence
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.models import LoadedModel
+from diffusion_dpo.models.prompt_cuts import Told, find_pipeline_cuts
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import Run, reference
@@ -147,6 +149,7 @@ def prepare(
     refuse_data(config, data, held)
     scores = find_scores(config, data)
     examples = make_examples(config, data, train_on, scores)
+    _tell_of_prompts(model, data, train_on, held)
     latents = _encode(config, model, data, dtype, processes)
     objective = Objective(
         loss=loss,
@@ -258,6 +261,28 @@ def _encode(
         sizes = [f"{shape[2] * model.downscale}x{shape[1] * model.downscale}" for shape in shapes]
         say("buckets: " + ", ".join(f"{count} pairs in {size}" for size, count in zip(sizes, counts, strict=True)))
     return latents
+
+
+def _tell_of_prompts(model: LoadedModel, data: Collected, train_on: np.ndarray, held: np.ndarray) -> None:
+    """Say which prompts are not taken as they were meant, and whether what is held out is trained on all the same."""
+    told = Told()
+    told.of_syntax(data.prompts)
+    cuts = find_pipeline_cuts(getattr(model, "pipeline", None), data.prompts)
+    told.once(cuts.describe(partial(_place, data)))
+    if cuts.kept and len(held):
+        sides = ({data.prompts[number] for number in np.unique(data.prompt_codes[rows])} for rows in (held, train_on))
+        shared = cuts.num_shared(*sides)
+        if shared:
+            told.once(
+                f"{shared} held-out prompts become the same as prompts that are trained on, so that the held-out "
+                "numbers look better than they are; shorten the prompts, or hold out data of your own"
+            )
+
+
+def _place(data: Collected, prompt: str) -> str:
+    """Return where a prompt first is."""
+    number = next(number for number, other in enumerate(data.prompts) if other == prompt)
+    return data.records[int((data.prompt_codes == number).argmax())].where
 
 
 def make_examples(

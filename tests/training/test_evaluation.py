@@ -13,6 +13,7 @@ from diffusion_dpo import train
 from diffusion_dpo.config import load
 from diffusion_dpo.data import PairSource, PreferencePair
 from diffusion_dpo.data.collect import collect
+from diffusion_dpo.data.shards import PAIRS, read_rows, write_shard
 from diffusion_dpo.models import DiffusionModel, LoadedModel
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
@@ -403,3 +404,19 @@ def test_held_out_pairs_never_appear_in_a_training_batch(tmp_path: Path, loss: s
     assert trained_on | set(held.prompts) == set(prompts)
     assert not trained_on & set(held.prompts)
     assert set(PROMPTS) == {prompt.partition(" ")[0] for prompt in held.prompts}
+
+
+def test_held_out_prompts_that_the_model_cannot_tell_apart_are_said(
+    tiny_sd: Path, tiny_pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = list(read_rows(tiny_pairs))
+    for number, row in enumerate(rows):
+        row["prompt"] = f"a circle of many colours {'abc'[number % 3]}"
+    (tmp_path / "pairs").mkdir()
+    write_shard(tmp_path / "pairs" / "pairs-00000.parquet", rows, PAIRS)
+    common = [f"model.pretrained={tiny_sd}", f"data.path={tmp_path / 'pairs'}", "preview=null", "max_steps=1"]
+    train.run(load(TrainConfig, None, [*common, "evaluation.share=0.4", f"output_dir={tmp_path / 'run'}"]))
+    out = capsys.readouterr().out
+    assert "3 of 3 prompts are cut" in out
+    assert "(pairs-00000.parquet row 0)" in out
+    assert "1 held-out prompts become the same as prompts that are trained on" in out
