@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import command
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.prompt_words import Told
 from diffusion_dpo.data.prompts import Prompt, read_prompts, refuse_foreign_defaults
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.device import pick_device, pick_dtype
 from diffusion_dpo.files import claim, finish
 from diffusion_dpo.mixture import Source, announce, describe, refuse_lacking_references, sources_of
-from diffusion_dpo.models.prompt_cuts import Told
 from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline, make_scheduler
 from diffusion_dpo.settings import GenerateConfig
 

@@ -15,9 +15,9 @@ from diffusion_dpo.comparing import Compared, Wall
 from diffusion_dpo.console import progress, say
 from diffusion_dpo.data.comparisons import unit
 from diffusion_dpo.data.images import pixel_hash
+from diffusion_dpo.data.prompt_words import Told
 from diffusion_dpo.data.prompts import Prompt
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
-from diffusion_dpo.models.prompt_cuts import Told
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.sampling import DrawRequest, draw, identity_of, image_seed, load_pipeline
 from diffusion_dpo.settings import CompareConfig

@@ -7,6 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest
 from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from diffusion_dpo.console import warn
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 _SYNTAX = {
     "weights such as (word:1.2)": re.compile(
@@ -28,6 +34,27 @@ _SHOWN_CHARACTERS = 60
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 """Returns the tokens of prompts, start and end among them, however many they are."""
+
+
+class Told:
+    """What is said of prompts once, though several models draw them."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def of_syntax(self, prompts: Iterable[str]) -> None:
+        """Say how many are in the syntax of other programs."""
+        self.once(describe_syntax(prompts))
+
+    def of_cuts(self, pipeline: "DiffusionPipeline", prompts: Iterable[str]) -> None:
+        """Say how many are cut by a pipeline."""
+        self.once(find_pipeline_cuts(pipeline, prompts).describe())
+
+    def once(self, text: str) -> None:
+        """Say a text, unless it is empty or was said before."""
+        if text and text not in self._said:
+            self._said.add(text)
+            warn(text)
 
 
 def describe_syntax(prompts: Iterable[str]) -> str:
@@ -95,6 +122,22 @@ def find_cuts(prompts: Iterable[str], limit: int, encode: Encode) -> Cuts:
             if len(tokens) >= limit:
                 cuts.kept[_hash(prompt)] = _hash(repr(list(tokens[: limit - 1])))
     return cuts
+
+
+def find_pipeline_cuts(pipeline: "DiffusionPipeline | None", prompts: Iterable[str]) -> Cuts:
+    """Return which prompts a pipeline cuts; none of a model of somebody's own, which has no tokenizer that is known.
+
+    The two tokenizers of SDXL differ in what fills the rest alone: one stands for both.
+    """
+    tokenizer: Any = getattr(pipeline, "tokenizer", None)
+    if tokenizer is None:
+        return Cuts(0)
+
+    def encode(texts: list[str]) -> Sequence[Sequence[int]]:
+        found: Sequence[Sequence[int]] = tokenizer(texts, truncation=False, verbose=False).input_ids
+        return found
+
+    return find_cuts(prompts, int(tokenizer.model_max_length), encode)
 
 
 def _long(prompts: Iterable[str], cuts: Cuts) -> Iterator[str]:

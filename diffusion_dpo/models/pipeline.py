@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
-from diffusion_dpo.models import prompt_cuts
 from diffusion_dpo.models.base import POCKET_DIR as POCKET_DIR
 from diffusion_dpo.models.base import BaseFacts, choose_variants, read_base
 from diffusion_dpo.models.base import first_sentence as first_sentence
-from diffusion_dpo.models.quiet import quiet
+from diffusion_dpo.models.quiet import hush_cuts, quiet
 from diffusion_dpo.models.requirements import require_drawable
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def load_facts(
     every = {part: dtypes.get(part, dtype) for part in ("unet", "vae", *base.texts)}
     diffusers.utils.logging.disable_progress_bar()  # ours say more, and theirs break them
     transformers.utils.logging.disable_progress_bar()
-    prompt_cuts.hush()
+    hush_cuts()
     try:
         with quiet():
             pipeline = _assemble(base, revision, every)

@@ -1,9 +1,12 @@
 """Silence around libraries that log and warn while they load: an error is told once, in words of this package."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_CUTS = ("was truncated because", "Token indices sequence length is longer than")
 
 
 @contextmanager
@@ -23,3 +26,14 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, verbosity in zip(loggers, verbosities, strict=True):
             logger.set_verbosity(verbosity)
+
+
+def hush_cuts() -> None:
+    """Keep diffusers and transformers from printing the tails of prompts that are cut; they are counted here."""
+    for name in ("diffusers", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_no_cut)
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    return not any(words in str(record.msg) for words in _CUTS)

@@ -22,10 +22,10 @@ from diffusion_dpo.data.examples import (
 )
 from diffusion_dpo.data.index import Collected
 from diffusion_dpo.data.lazy import LazySequence
+from diffusion_dpo.data.prompt_words import Told, find_pipeline_cuts
 from diffusion_dpo.losses import ListLoss, Loss
 from diffusion_dpo.losses.objective import Objective
 from diffusion_dpo.models import LoadedModel
-from diffusion_dpo.models.prompt_cuts import Told, find_pipeline_cuts
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.settings import TrainConfig
 from diffusion_dpo.training import Run, reference
