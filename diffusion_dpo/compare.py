@@ -18,7 +18,8 @@ from diffusion_dpo.card.public import scrub, shown
 from diffusion_dpo.comparing import Compared, Wall
 from diffusion_dpo.comparing.drawing import draw_all
 from diffusion_dpo.comparing.judging import Distances, judge, judge_shares, refuse_unusable
-from diffusion_dpo.comparing.lineup import implicit_accuracy, line_up, num_trained_on, refuse_missing
+from diffusion_dpo.comparing.lineup import implicit_accuracy, line_up, num_trained_on
+from diffusion_dpo.comparing.openable import refuse_unopenable
 from diffusion_dpo.comparing.people import votes_as_scores
 from diffusion_dpo.comparing.roles import refuse_unknown, roles_of
 from diffusion_dpo.config import command, dump
@@ -44,13 +45,14 @@ WIN_RATES = (0.55, 0.6, 0.7)
 
 def run(config: CompareConfig) -> Path:
     """Draw and judge what is missing, then write the report; return the path of report.html."""
-    refuse_missing(config)
     refuse_foreign_defaults(config.prompts_path, *_pretrained(config))
     prompts = read_prompts(config.prompts_path, limit=config.num_prompts, held_out=True)
     refuse_unusable(config, prompts)
     refuse_unknown(config)
     votes = read_votes(config.human) if config.human is not None else []
     processes = Processes.join(config.device)
+    if processes.is_main:
+        refuse_unopenable(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.mixed_precision, device)
     identity = _identity(config, prompts, dtype)

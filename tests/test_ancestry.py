@@ -167,9 +167,12 @@ def test_a_file_that_says_nothing_is_of_unknown_origin(tmp_path: Path, damage: b
     assert ancestry.of_adapter(tmp_path / "a.safetensors") == Ancestry(judges_not_known=("a.safetensors",))
 
 
-def test_an_exported_file_says_by_itself_which_judges_it_learnt_from(tmp_path: Path) -> None:
+def test_an_exported_file_says_by_itself_which_judges_it_learnt_from(rounds: Path, tmp_path: Path) -> None:
+    """Alone in another folder; the hashes of prompts are nobody else's business."""
     known = Ancestry(("clip_text",), frozenset({"data: Pick-a-Pic"}), frozenset({"0" * 16}), ("older",))
     save_file({"a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata=known.header())
     found = ancestry.of_adapter(tmp_path / "b.safetensors")
     assert found == Ancestry(("clip_text",), frozenset({"data: Pick-a-Pic"}), frozenset(), ("older",))
     assert "0" * 16 not in json.dumps(known.header())
+    shutil.copy(rounds / "kohya" / "round2.safetensors", tmp_path / "mine.safetensors")
+    assert ancestry.of_adapter(tmp_path / "mine.safetensors").labelled_by == ("clip_text", "brightness")

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 
 from diffusion_dpo import compare, train
 from diffusion_dpo.comparing import drawing
@@ -324,6 +326,46 @@ def test_mistakes_are_named_before_anything_is_drawn(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         compare.run(config(*models, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("cut", r"models\.tuned: .* is cut off"),
+        ("text", r"models\.tuned: .* cut off or no safetensors file"),
+        ("other", r"models\.tuned: the LoRA .* takes text embeddings of width 56, not 32"),
+        ("unet", r"models\.tuned: the UNet .* does not fit .*: its cross_attention_dim is 56, not 32"),
+        ("weights", r"models\.tuned: .*diffusion_pytorch_model.safetensors is cut off"),
+        ("base", r"models\.tuned: .* lacks the folder unet"),
+        ("judge", "there is no file or folder nowhere"),
+    ],
+)
+def test_what_cannot_be_opened_is_named_before_anything_is_drawn(
+    models: tuple[Path, Path], tiny_sdxl: Path, tmp_path: Path, broken: str, message: str
+) -> None:
+    """All of the baseline used to be drawn first."""
+    folder, changes = tmp_path / "tuned", {}
+    folder.mkdir()
+    width = 56 if broken == "other" else 32
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    lora = {f"{layer}.lora_A.weight": torch.ones(2, width), f"{layer}.lora_B.weight": torch.ones(16, 2)}
+    if broken in ("cut", "text", "other"):
+        data = safetensors.torch.save(lora)
+        content = {"cut": data[:-1], "text": b"a text, and no tensors at all"}.get(broken, data)
+        (folder / "pytorch_lora_weights.safetensors").write_bytes(content)
+    elif broken in ("unet", "weights"):
+        shutil.copytree((tiny_sdxl if broken == "unet" else models[1]) / "unet", folder / "unet")
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[: -1 if broken == "weights" else None])
+    elif broken == "base":
+        shutil.copytree(models[1], folder / "base", ignore=shutil.ignore_patterns("unet"))
+        changes = {"models": {"tuned": {"pretrained": str(folder / "base")}}}
+    else:
+        changes = {"models": {"tuned": {}}, "distance": {"type": "dino", "pretrained": "nowhere"}}
+    tuned = {"models": {"tuned": {"adapter_path": str(folder)}}}
+    with pytest.raises(ConfigError, match=message):
+        compare.run(config(*models, tmp_path / "run", **(tuned | changes)))
     assert not (tmp_path / "run").exists()
 
 

@@ -9,34 +9,15 @@ from typing import Any
 
 from diffusion_dpo.card import ancestry
 from diffusion_dpo.comparing import Compared
-from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.prompts import Prompt, prompt_hash
 from diffusion_dpo.files import put_in_place, read_manifest
-from diffusion_dpo.models.adapters import find_adapter
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE
 from diffusion_dpo.report.training_log import Point, read_log
 from diffusion_dpo.sampling import adapter_hash, weights_hash
 from diffusion_dpo.settings import CompareConfig, ImageModel
-from diffusion_dpo.training.state import is_checkpoint, save_result, settings_of
-
-
-def refuse_missing(config: CompareConfig) -> None:
-    """Raise ConfigError where an adapter is not there, or the run that a checkpoint is of."""
-    named = {f"models.{name}": model for name, model in config.models.items()}
-    for name, model in {"baseline": config.baseline, **named}.items():
-        path = model.adapter_path
-        if path is None:
-            continue
-        try:
-            if is_checkpoint(path):
-                settings_of(path)
-            else:
-                find_adapter(path)
-        except ConfigError as error:
-            hint = "" if path.exists() else "; train one, or name yours: models.tuned.adapter_path=FOLDER"
-            raise ConfigError(f"{name}: {error}{hint}") from None
+from diffusion_dpo.training.state import is_checkpoint, save_result
 
 
 def line_up(config: CompareConfig, processes: Processes) -> list[Compared]:

@@ -258,8 +258,9 @@ def _write(
     base: Base,
 ) -> None:
     dtype = _dtype(config)
+    learnt_from = ancestry.of_model(base.pretrained, config.adapter_path).header()
     if config.format in LORA_FORMATS:
-        header = model_header(pipeline, name, lora=True)
+        header = model_header(pipeline, name, lora=True) | learnt_from
         every = [layer for of_part in layers.values() for layer in of_part.values()]
         ranks, alphas = [layer.rank for layer in every], [float(layer.rank) for layer in every]
         if config.format == "kohya":  # in whose names all layers of a part have one
@@ -276,7 +277,7 @@ def _write(
         pipeline.save_pretrained(staging, safe_serialization=True)
         return
     weights = {key: value.cpu().contiguous() for key, value in ldm.single_file(pipeline).items()}
-    write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False))
+    write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False) | learnt_from)
 
 
 def _load_back(

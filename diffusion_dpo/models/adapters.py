@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 AdapterKind = Literal["lora", "unet"]
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
+INTERFACE = ("in_channels", "out_channels", "cross_attention_dim", "addition_embed_type")
 """What a UNet must share with the one that it replaces."""
 
 
@@ -91,7 +91,7 @@ def add_adapter(
 
 def refuse_other_interface(unet: "UNet2DConditionModel", other: "UNet2DConditionModel", name: str) -> None:
     """Raise ConfigError where a UNet cannot stand in the place of another one; `name` says which it is."""
-    for key in _INTERFACE:
+    for key in INTERFACE:
         if unet.config[key] != other.config[key]:
             raise ConfigError(
                 f"the UNet {name} does not fit this model: its {key} is {unet.config[key]}, not {other.config[key]}; "
