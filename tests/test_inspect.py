@@ -206,7 +206,10 @@ def test_nothing_there_says_what_was_seen_and_what_is_expected(tmp_path):
 def test_parquet_with_foreign_columns_is_shown_the_way(tmp_path):
     (tmp_path / "d").mkdir()
     pq.write_table(pa.table({"text": ["x"], "top": [b"x"], "flop": [b"y"]}), tmp_path / "d" / "a.parquet")
-    with pytest.raises(ConfigError, match=r"has the columns flop, text, top, which are not ours; .*data\.type=hub"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has the columns flop, text, top, of which no layout is known: there is a prompt, .*data\.type=hub",
+    ):
         run(InspectConfig(path=tmp_path / "d", output_dir=tmp_path / "out"))
 
 

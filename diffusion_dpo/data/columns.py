@@ -7,7 +7,11 @@ from typing import Any
 
 PROMPT = ("prompt", "text", "caption", "prompts", "captions")
 """The columns that a prompt is found in, in whatever case; the first that is there."""
-_SPELLINGS = {"prompt": PROMPT, "image": ("image", "image_file_name", "file_name")}
+_SPELLINGS = {
+    "prompt": PROMPT,
+    "image": ("image", "image_file_name", "file_name"),
+    "rank": ("rank", "ranks", "ranking", "human_preference"),
+}
 
 
 def spellings(key: str) -> tuple[str, ...]:

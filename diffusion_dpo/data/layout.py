@@ -7,6 +7,7 @@ Two columns belong together when their names differ in one word that names a sid
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 PROMPTS = ("prompt", "caption", "text", "text_prompt", "prompt_text", "image_prompt", "description")
@@ -76,6 +77,13 @@ def find_settings(columns: Collection[str], *, files: bool = False) -> dict[str,
         if evidence is not None:
             return found | {"image_0_column": images.names[0], "image_1_column": images.names[1]} | evidence
     return None
+
+
+@lru_cache(maxsize=64)
+def model_columns(columns: frozenset[str]) -> Pair | None:
+    """Return the columns that name the models of the better and the worse image, if any."""
+    about = [it for it in _pairs(columns, _RANKED) if it.words == _RANKED[0]]
+    return _first(about, _MODEL, _MODEL | _IMAGE | _FILLING | {"name"})
 
 
 def describe_nearest(columns: Collection[str]) -> str:

@@ -1,4 +1,7 @@
-"""Images of a prompt in an order of rank, as in ImageRewardDB (Xu et al., arXiv 2304.05977): pairs of them."""
+"""Images of a prompt in an order of rank: pairs of them.
+
+As in ImageRewardDB (Xu et al., arXiv 2304.05977), an image a row, and HPDv2 (Wu et al., arXiv 2306.09341), lists.
+"""
 
 import itertools
 from collections import Counter, defaultdict
@@ -11,7 +14,9 @@ from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.records import Record, RecordData
 from diffusion_dpo.data.rows import is_number, make_pair, prompt_fault
 
-_IMAGES = ("image", "image_path")
+_IMAGES = ("image", "image_path", "images", "image_paths", "file_path", "file_paths")
+_PREFERENCE = "human_preference"
+"""In place of ranks, as in HPDv2's training data: 1 for the preferred image, 0 for another one."""
 _RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 _ALONE = "the only image of its prompt"
 _EQUAL = "equal ranks"
@@ -20,8 +25,10 @@ _EQUAL = "equal ranks"
 class RankedData(RecordData):
     """Rows with `prompt`, `rank` (1: the best) and `image` (bytes or a file name) or `image_path`, in JSON or Parquet.
 
-    Rows are compared that share their prompt and, where there is one, their `prompt_id`. Equal ranks make no pair;
-    the margin is the difference of the ranks. The ratings of ImageRewardDB are kept as scores.
+    Rows are compared that share their prompt and, where there is one, their `prompt_id`. A row may also hold a list of
+    ranks, or of `human_preference` (1: preferred), and a list of images, `images`, `image_path` or `file_path`; they
+    are compared among themselves. Equal ranks make no pair; the margin is the difference of the ranks. The ratings of
+    ImageRewardDB are kept as scores.
     """
 
     noun: ClassVar[str] = "ranked images"
@@ -65,8 +72,9 @@ class RankedData(RecordData):
         return self.stamp_of_files(_IMAGES)
 
     def _rows(self, images: Sequence[str] = ()) -> Iterator[Record]:
-        """Yield every row, of Parquet with its images only where they are asked for."""
-        return self.records(("prompt_id", *_RATINGS), images=images)
+        """Yield every image with its rank, of Parquet with its bytes only where they are asked for."""
+        for record in self.records(("prompt_id", _PREFERENCE, *_RATINGS), images=images):
+            yield from _each_image(record)
 
     def _compare(self, rows: Sequence[Record]) -> Iterator[PreferencePair | Dropped]:
         picks = pick_by_rank([row.values["rank"] for row in rows], self.pairs)
@@ -112,6 +120,31 @@ def pick_by_rank(ranks: Sequence[float], pairs: str) -> list[tuple[int, int]]:
         return list(every)
     levels = {rank: level for level, rank in enumerate(sorted(set(ranks)))}
     return [(i, j) for i, j in every if levels[ranks[j]] - levels[ranks[i]] == 1]
+
+
+def _each_image(record: Record) -> Iterator[Record]:
+    """Yield a row whose values are lists once for every image; the smaller rank is the better one."""
+    if record.fault:
+        yield record
+        return
+    ranks = record.values["rank"]
+    if ranks is record.values.get(_PREFERENCE):
+        ranks = [_turned(it) for it in ranks] if isinstance(ranks, list) else _turned(ranks)
+    if not isinstance(ranks, list):
+        yield replace(record, values=record.values | {"rank": ranks})
+        return
+    key = next((key for key in _IMAGES if isinstance(record.values.get(key), list)), "images")
+    images = record.values.get(key, [None] * len(ranks))
+    if len(images) != len(ranks):
+        yield replace(record, fault="not as many ranks as images")
+        return
+    group = {"prompt": record.values["prompt"], "prompt_id": f"{record.file} {record.where}"}
+    for number, (rank, image) in enumerate(zip(ranks, images, strict=True)):
+        yield Record(f"{record.where} image {number}", record.file, group | {"rank": rank, key: image})
+
+
+def _turned(preference: Any) -> Any:
+    return 1 - preference if is_number(preference) else preference
 
 
 def _group(record: Record) -> str:

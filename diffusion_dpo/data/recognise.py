@@ -18,6 +18,7 @@ from diffusion_dpo.console import say
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.holding import Holding, Table, look_into
 from diffusion_dpo.data.image_kinds import DECODED
+from diffusion_dpo.data.layout import describe_nearest
 
 if TYPE_CHECKING:
     from diffusion_dpo.data.candidates import Unit
@@ -208,10 +209,12 @@ def _candidates(holding: Holding) -> Recognised | None:
 
 
 def _foreign(path: Path, table: Table) -> str:
+    nearest = describe_nearest(table.columns)
     return (
-        f"{table.files[0]} has the columns {', '.join(sorted(table.columns))}, which are not ours; rename them, or "
-        f"train on them with data.type=hub data.path={table.files[0] if table.is_text else path} "
-        f"data.prompt_column=... (see `diffusion-dpo train --help`).\n{_EXPECTED}"
+        f"{table.files[0]} has the columns {', '.join(sorted(table.columns))}, of which no layout is known"
+        f"{f': {nearest}' if nearest else ''}. Rename them, or name them with data.type=hub "
+        f"data.path={table.files[0] if table.is_text else path} data.prompt_column=... (see `diffusion-dpo train "
+        f"--help`).\n{_EXPECTED}"
     )
 
 

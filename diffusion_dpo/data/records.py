@@ -116,7 +116,8 @@ class RecordData(FileData):
 
     def _named(self, keys: Sequence[str]) -> Iterator[Path]:
         for record in self.records(images=keys):
-            names = (record.values.get(key) for key in keys)
+            values = (record.values.get(key) for key in keys)
+            names = [name for value in values for name in (value if isinstance(value, list) else [value])]
             places = (place for name in names if isinstance(name, str) for place in self._places(record.file, name))
             yield from (folder / name for folder, name in places)
 

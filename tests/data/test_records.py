@@ -12,9 +12,11 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data import records as module
 from diffusion_dpo.data.collect import collect, survey
+from diffusion_dpo.data.folder import FolderData
 from diffusion_dpo.data.hpdv3 import HPDv3Data
 from diffusion_dpo.data.invoke import InvokeData
 from diffusion_dpo.data.ranked import RankedData, pick_by_rank
+from diffusion_dpo.data.recognise import recognise
 from diffusion_dpo.data.records import read_file
 from tests.photos import jpeg
 
@@ -309,6 +311,83 @@ def test_ranked_images_may_be_inside_parquet(folder: Path) -> None:
         row["image_path"] = "nowhere.jpg"
     [pair] = pairs(RankedData(path=write(folder, rows, "parquet")))
     assert (pair.chosen, pair.rejected) == (A, B)
+
+
+NAMES = [f"images/{i}.jpg" for i in range(4)]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"image_path": NAMES[:3], "rank": [1, 0, 2]}, [(B, A, 1), (B, C, 2), (A, C, 1)]),
+        ({"images": NAMES[:2], "rank": [0.5, 0.25]}, [(B, A, 0.25)]),
+        ({"file_path": NAMES[:2], "human_preference": [1, 0]}, [(A, B, 1)]),
+        ({"image_path": NAMES[:2], "human_preference": [0, 1]}, [(B, A, 1)]),
+        ({"file_path": NAMES[:2], "human_preference": [1, 1]}, ["equal ranks"]),
+        ({"image_path": NAMES[:3], "rank": [1, 0]}, ["not as many ranks as images"]),
+        ({"image_path": [NAMES[0], "images/9.jpg"], "rank": [1, 0]}, ["image_path: no such file"]),
+        ({"image_path": NAMES[:3], "rank": [1, None, 2]}, [(A, C, 1), "the rank is not a number"]),
+    ],
+    ids=str,
+)
+def test_lists_of_images_and_ranks_in_a_row_are_compared_among_themselves(
+    folder: Path, kind: str, row: dict, expected: list
+) -> None:
+    """The test and the training file of HPDv2; a second row of the same prompt is another comparison."""
+    other = {
+        key: [*NAMES[2:], *NAMES[2:]][: len(value)] if isinstance(value[0], str) else value
+        for key, value in row.items()
+    }
+    path = write(folder, [{"prompt": "x", **row}, {"prompt": "x", **other}], kind)
+    source = recognise(path).source
+    assert isinstance(source, RankedData)
+    found = [
+        it.reason if isinstance(it, Dropped) else (it.chosen, it.rejected, it.margin)
+        for it in source.read()
+        if " row 0" in it.where or " line 1" in it.where or " item 0" in it.where
+    ]
+    assert sorted(found, key=str) == sorted(expected, key=str)
+    if kind != "parquet":
+        assert source.num_rows() == len(list(source.read()))
+
+
+def test_images_in_lists_of_parquet_are_bytes(folder: Path) -> None:
+    struct = [{"bytes": it, "path": None} for it in (A, B)]
+    path = write(folder, [{"prompt": "x", "image": struct, "rank": [2, 1]}], "parquet")
+    [pair] = pairs(RankedData(path=path))
+    assert (pair.chosen, pair.rejected, pair.where) == (
+        B,
+        A,
+        "rows.parquet row 0 image 1 and rows.parquet row 0 image 0",
+    )
+
+
+# --- lists in a folder's rows ----------------------------------------------------------------------------------------
+
+
+def test_one_winner_and_several_losers_make_a_pair_of_each(folder: Path) -> None:
+    rows = [
+        {"prompt": "x", "chosen": NAMES[0], "rejected": NAMES[1:3], "chosen_model": "m", "rejected_model": "n"},
+        {"prompt": "y", "chosen": NAMES[:2], "rejected": [NAMES[3], "images/9.jpg"]},
+        {"prompt": "z", "chosen": NAMES[0], "rejected": []},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = recognise(folder).source
+    assert isinstance(source, FolderData)
+    items = list(source.read())
+    assert source.num_rows() == len(items) == 7
+    good = [it for it in items if isinstance(it, PreferencePair)]
+    assert [(it.chosen, it.rejected) for it in good] == [(A, B), (A, C), (A, D), (B, D)]
+    assert good[1].where == "metadata.jsonl line 1, rejected 1"
+    assert (good[1].chosen_origin, good[1].rejected_origin) == ({"model": "m"}, {"model": "n"})
+    assert [it.reason for it in items if isinstance(it, Dropped)] == [
+        *["rejected: no such file"] * 2,
+        "rejected: no image",
+    ]
+    before = source.stamp()
+    (folder / NAMES[2]).write_bytes(D)
+    assert source.stamp() != before, "a file that a list names counts"
 
 
 # --- invoke-training -------------------------------------------------------------------------------------------------
