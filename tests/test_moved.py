@@ -109,3 +109,13 @@ def test_images_are_drawn_once_wherever_the_model_lies(
     else:
         report = (elsewhere / "out" / "report.json").read_text() + (elsewhere / "out" / "report.html").read_text()
         assert str(elsewhere) not in report and str(tiny_sd) not in report
+
+
+def test_a_whole_unet_is_the_same_files_wherever_its_base_lay(
+    tiny_sd: Path, elsewhere: Path, tiny_pairs: Path, tmp_path: Path
+) -> None:
+    for base, name in ((tiny_sd, "here"), (elsewhere / "base", "there")):
+        train.run(make_config(base, tiny_pairs, tmp_path / name, *SHORT, "max_steps=1", "model.lora=null"))
+    files = {name: sorted((tmp_path / name / "unet").iterdir()) for name in ("here", "there")}
+    assert [file.read_bytes() for file in files["here"]] == [file.read_bytes() for file in files["there"]]
+    assert str(tiny_sd).encode() not in files["here"][0].read_bytes()
