@@ -128,7 +128,7 @@ def _models(
     found = {}
     for model, prompts in by_model.items():
         values = np.array([value for votes in prompts.values() for value in votes])
-        means = np.array([float(np.mean(votes)) for votes in prompts.values()])
+        means = np.array([sum(votes) / len(votes) for votes in prompts.values()])
         interval = share_interval(means, values)
         assert interval is not None
         counts = (int((values > 0).sum()), int((values == 0).sum()), int((values < 0).sum()))

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-import numpy as np
+from scipy import stats
 
 from diffusion_dpo.report import Interval
-from diffusion_dpo.report.statistics import share_interval
+from diffusion_dpo.report.statistics import CONFIDENCE
 
 
 def percent_agreement(ratings: Sequence[Mapping[str, str]]) -> tuple[float, int] | None:
@@ -36,7 +36,9 @@ def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
 def krippendorff_alpha(ratings: Sequence[Mapping[str, str]]) -> float | None:
     """Return alpha for nominal answers; units with one answer say nothing. None where all answers are the same."""
     units = [Counter(unit.values()) for unit in ratings if len(unit) > 1]
-    totals: Counter[str] = sum(units, Counter())
+    totals: Counter[str] = Counter()
+    for counts in units:
+        totals.update(counts)
     amount = totals.total()
     if amount < 2:
         return None
@@ -46,10 +48,20 @@ def krippendorff_alpha(ratings: Sequence[Mapping[str, str]]) -> float | None:
 
 
 def left_share(answers: Sequence[str]) -> tuple[float, Interval, int] | None:
-    """Return how often the left image was chosen of those that were not a tie, its 95 % interval, and how many."""
-    sides = np.array([1.0 if answer == "left" else -1.0 for answer in answers if answer in ("left", "right")])
-    interval = share_interval(sides, sides)
-    return (float((sides > 0).mean()), interval, sides.size) if interval is not None else None
+    """Return how often the left image was chosen of those that were not a tie, its 95 % interval, and how many.
+
+    Wilson's interval, which includes one half unless the exact test of it rejects that.
+    """
+    left = sum(answer == "left" for answer in answers)
+    total = left + sum(answer == "right" for answer in answers)
+    if not total:
+        return None
+    test = stats.binomtest(left, total)
+    found = test.proportion_ci(CONFIDENCE, method="wilson")
+    low, high = float(found.low), float(found.high)
+    if test.pvalue > 1 - CONFIDENCE:
+        low, high = min(low, 0.5), max(high, 0.5)
+    return left / total, (low, high), total
 
 
 def longest_streak(answers: Sequence[str]) -> int:

@@ -1,8 +1,10 @@
 """The server of `label`: who is let in, what is refused, and that nothing but opaque names leaves it."""
 
+import asyncio
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from starlette.testclient import TestClient
 
 from diffusion_dpo.data.votes import read_lines
 from diffusion_dpo.label.items import make_items
-from diffusion_dpo.label.log import Log
+from diffusion_dpo.label.log import Log, SharedLog
+from diffusion_dpo.label.results import Results, results_of
 from diffusion_dpo.label.server import make_app
 from diffusion_dpo.label.study import Study
 from tests.browser import HOSTILE
@@ -205,3 +208,81 @@ def test_a_page_that_is_drawn_for_somebody_else_neither_votes_nor_takes_back(rat
     assert [(it.status_code, "Bob's turn" in it.json()["error"]) for it in answers] == [(409, True)] * 3
     assert vote(rater, second, headers={**ORIGIN, "X-Rater": "Bob"}).status_code == 200
     assert [event["rater"] for event in study.standing()] == ["Ann-Marie B.", "Bob"]
+
+
+def test_votes_go_on_while_the_results_are_worked_out_and_that_is_done_once_for_each_state(
+    rater: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, calls = threading.Event(), threading.Event(), []
+
+    def slow(votes: Any, items: Any) -> Results:
+        begun.set()
+        assert may_end.wait(20)
+        calls.append(len(votes))
+        return results_of(votes, items)
+
+    monkeypatch.setattr("diffusion_dpo.label.server.results_of", slow)
+    pages: list[str] = []
+    looking = [threading.Thread(target=lambda: pages.append(rater.get("/results").text)) for _ in range(2)]
+    for thread in looking:
+        thread.start()
+    assert begun.wait(20)
+    first, *_ = rater.get("/next").json()["tasks"]
+    assert vote(rater, first["task"]).status_code == 200 and not pages
+    may_end.set()
+    for thread in looking:
+        thread.join()
+    assert all(" on 7 pairs" in page for page in pages)
+    assert rater.get("/results").text == rater.get("/results").text
+    assert calls == [0, 1]
+
+
+def test_votes_that_wait_share_an_fsync_and_none_is_acknowledged_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    real, may_sync = os.fsync, threading.Event()
+
+    def fsync(handle: int) -> None:
+        assert may_sync.wait(20)
+        real(handle)
+        synced.append(len(path.read_bytes().splitlines()))
+
+    path = tmp_path / "votes.jsonl"
+
+    async def write(log: Log) -> list[int]:
+        shared = SharedLog(log, taken.append)
+        waiting = [asyncio.create_task(shared.append({"n": n})) for n in range(9)]
+        await asyncio.sleep(0.05)
+        assert not taken and not any(task.done() for task in waiting)
+        may_sync.set()
+        await asyncio.gather(*waiting)
+        return [event["n"] for event in taken]
+
+    taken: list[dict[str, int]] = []
+    with Log(path) as log:
+        monkeypatch.setattr(os, "fsync", fsync)
+        assert asyncio.run(write(log)) == [event["n"] for event in read_lines(path)] == list(range(9))
+    assert len(synced) <= 2 and synced[-1] == 9
+
+
+def test_a_full_disk_refuses_all_votes_that_waited_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async def write(log: Log) -> list[Any]:
+        shared = SharedLog(log, taken.append)
+        await shared.append({"n": 0})
+        monkeypatch.setattr(os, "fsync", full)
+        refused = await asyncio.gather(*(shared.append({"n": n}) for n in range(1, 5)), return_exceptions=True)
+        monkeypatch.setattr(os, "fsync", real)
+        await shared.append({"n": 5})
+        return refused
+
+    taken: list[dict[str, int]] = []
+    with Log(tmp_path / "votes.jsonl") as log:
+        refused = asyncio.run(write(log))
+    assert [getattr(error, "errno", None) for error in refused] == [errno.ENOSPC] * 4
+    assert taken == read_lines(tmp_path / "votes.jsonl") == [{"n": 0}, {"n": 5}]
