@@ -58,7 +58,7 @@ class RemoteScorer(Scorer):
     api_key_env: str | None = None
     """Name of the environment variable with the API key; the key itself is never stored."""
     timeout_seconds: float = Field(60.0, gt=0)
-    """How long one request may take."""
+    """How long one request may take, from the look-up of the server's name to the last byte of its answer."""
     max_retries: int = Field(4, ge=0)
     """How often a request is sent again, ever later, when the server cannot be reached, is busy (429) or fails (5xx);
     what it refuses (4xx) is not sent again."""
