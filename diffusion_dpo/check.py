@@ -79,7 +79,14 @@ def _load(config: CheckConfig, base: Base) -> "DiffusionPipeline":
     import torch
 
     device = pick_device(config.device)
-    return load_base(base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32)
+    return load_base(
+        base.pretrained,
+        revision=base.revision,
+        variant=base.variant,
+        prediction_type=base.prediction_type,
+        device=device,
+        dtype=torch.float32,
+    )
 
 
 def _check_unet(config: CheckConfig, where: Path, base: Base) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.images import middle_square
 from diffusion_dpo.models.adapters import adapter_files, add_adapter, find_adapter
-from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.base_facts import native_side_px
 from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.models.requirements import with_schedule
@@ -53,7 +53,14 @@ def load_pipeline(model: ImageModel, *, device: "torch.device", dtype: "torch.dt
     """Load a pipeline with its adapter, if it has one; raises ConfigError when either cannot be had."""
     if model.adapter_path is not None:
         find_adapter(model.adapter_path)  # before gigabytes are loaded
-    pipeline = load_base(model.pretrained, revision=model.revision, variant=model.variant, device=device, dtype=dtype)
+    pipeline = load_base(
+        model.pretrained,
+        revision=model.revision,
+        variant=model.variant,
+        prediction_type=model.prediction_type,
+        device=device,
+        dtype=dtype,
+    )
     if model.adapter_path is not None:
         add_adapter(pipeline, model.adapter_path, scale=model.adapter_scale)
     return pipeline

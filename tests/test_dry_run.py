@@ -47,7 +47,7 @@ def test_it_says_steps_epochs_disk_memory_and_cards_and_writes_nothing(
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (["model.pretrained=/no/such"], "there is no folder /no/such"),
+        (["model.pretrained=/no/such"], "there is no file or folder /no/such"),
         (["resolution_px=100"], "resolution_px is 100; this model needs a multiple of 8"),
         (["model.lora.targets=[nothing]"], "fit no layer of the UNet"),
         (["safeguard_mu=0.5", "loss.type=kto"], "safeguard_mu is about the two images of a pair"),

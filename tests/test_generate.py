@@ -121,7 +121,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_sd: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.pretrained=nowhere", "there is no folder nowhere, and it is no hub id"),
+        ("model.pretrained=nowhere", "there is no file or folder nowhere, and it is no hub id"),
         ("prompts_path=null", "give prompts_path"),
         ("model.adapter_path=/nowhere", "/nowhere does not exist; it should hold either"),
         ("sampling.resolution_px=100", "resolution_px is 100; this model needs a multiple of 8"),

@@ -53,7 +53,8 @@ def compare_command(config: TrainConfig) -> str:
     Only the pocket model has prompts of its own; for another one PROMPTS.txt stands for a file that is to be named.
     """
     model = config.model.model_dump()
-    base = {key: model[key] for key in ("pretrained", "revision", "variant") if model.get(key) is not None}
+    names = ("pretrained", "revision", "variant", "prediction_type")
+    base = {key: model[key] for key in names if model.get(key) is not None}
     baseline = {f"baseline.{key}": value for key, value in base.items()}
     if model.get("adapter_path") is not None:
         baseline["baseline.adapter_path"] = model["adapter_path"]

@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +16,20 @@ from diffusion_dpo.card.public import public_name
 from diffusion_dpo.config import ConfigError, command
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.device import pick_device
-from diffusion_dpo.exporting import ldm
 from diffusion_dpo.exporting.header import generation, kohya_header, model_header
 from diffusion_dpo.exporting.lora import as_kohya, common_alpha
+from diffusion_dpo.exporting.merged import write_merged
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
 from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
 from diffusion_dpo.models.adapters import AdapterKind, quiet, replace_unet
+from diffusion_dpo.models.base import read_base
+from diffusion_dpo.models.checkpoint_file import find_checkpoint, header_settings, write_settings
 from diffusion_dpo.models.lora_file import PARTS, Layers, place, read_lora
 from diffusion_dpo.models.lora_layers import add_to_weights, parts_of
 from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
+from diffusion_dpo.models.original_layout import as_original
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
 from diffusion_dpo.models.safetensors_file import write_safetensors
 from diffusion_dpo.sampling import adapter_hash, identity_of
@@ -180,7 +184,14 @@ def _move_in(staging: Path, folder: Path) -> None:
 def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
     import torch
 
-    return load_base(base.pretrained, revision=base.revision, variant=base.variant, device=device, dtype=torch.float32)
+    return load_base(
+        base.pretrained,
+        revision=base.revision,
+        variant=base.variant,
+        prediction_type=base.prediction_type,
+        device=device,
+        dtype=torch.float32,
+    )
 
 
 def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "DiffusionPipeline") -> _Tuned:
@@ -274,10 +285,11 @@ def _write(
         return
     _cast(pipeline, dtype)
     if config.format == "merged":
-        pipeline.save_pretrained(staging, safe_serialization=True)
+        write_merged(pipeline, staging)
         return
-    weights = {key: value.cpu().contiguous() for key, value in ldm.single_file(pipeline).items()}
-    write_safetensors(staging / f"{name}.safetensors", weights, model_header(pipeline, name, lora=False) | learnt_from)
+    weights = {key: value.cpu().contiguous() for key, value in as_original(pipeline.components).items()}
+    header = model_header(pipeline, name, lora=False) | header_settings(pipeline) | learnt_from
+    write_safetensors(staging / f"{name}.safetensors", weights, header)
 
 
 def _load_back(
@@ -289,7 +301,6 @@ def _load_back(
     device: "torch.device",
 ) -> "DiffusionPipeline":
     """Load what was written as a user of plain diffusers would, into a fresh pipeline."""
-    import torch
     from diffusers import DiffusionPipeline
     from safetensors import SafetensorError
 
@@ -298,7 +309,7 @@ def _load_back(
     fresh = _load(base, device) if config.format in LORA_FORMATS else None
     try:
         if fresh is None:
-            fresh = DiffusionPipeline.from_pretrained(staging, dtype=torch.float32, use_safetensors=True)
+            fresh = DiffusionPipeline.from_pretrained(staging)  # as people do, plainly
         else:
             file = LORA_FILE if config.format == "diffusers" else f"{name}.safetensors"
             fresh.load_lora_weights(staging, weight_name=file, use_safetensors=True, local_files_only=True)
@@ -320,25 +331,29 @@ def load_single_file(family: type["DiffusionPipeline"], file: Path, base: Base) 
     from safetensors import SafetensorError
 
     try:
-        with quiet():
-            loaded = family.from_single_file(
-                str(file), config=_folder(base), local_files_only=True, dtype=torch.float32
-            )
+        with quiet(), _settings_folder(base) as folder:
+            loaded = family.from_single_file(str(file), config=folder, local_files_only=True, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"diffusers cannot load {file} as a {family.__name__}: {first_sentence(error)}") from error
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
 
-def _folder(base: Base) -> str:
-    """Return the folder that the base was loaded from, whose settings a single-file checkpoint goes with."""
+@contextmanager
+def _settings_folder(base: Base) -> Iterator[str]:
+    """Yield the folder of the base's settings, with which a single-file checkpoint is read."""
     from huggingface_hub import snapshot_download
 
     if base.pretrained == "pocket":
-        return str(POCKET_DIR)
-    if Path(base.pretrained).is_dir():
-        return base.pretrained
-    return str(snapshot_download(base.pretrained, revision=base.revision, local_files_only=True))
+        yield str(POCKET_DIR)
+    elif find_checkpoint(base.pretrained) is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            write_settings(read_base(base.pretrained, prediction_type=base.prediction_type), Path(folder))
+            yield folder
+    elif Path(base.pretrained).is_dir():
+        yield base.pretrained
+    else:
+        yield str(snapshot_download(base.pretrained, revision=base.revision, local_files_only=True))
 
 
 def _dtype(config: ExportConfig) -> "torch.dtype":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.exporting.lora import whole
-from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.base_facts import native_side_px
 from diffusion_dpo.models.safetensors_file import HASH
 
 if TYPE_CHECKING:

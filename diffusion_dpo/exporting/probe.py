@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models.base import native_side_px
+from diffusion_dpo.models.base_facts import native_side_px
 from diffusion_dpo.sampling import DrawRequest, draw
 from diffusion_dpo.settings import Sampling
 

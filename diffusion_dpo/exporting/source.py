@@ -17,6 +17,7 @@ class Base:
     pretrained: str
     revision: str | None = None
     variant: str | None = None
+    prediction_type: str | None = None
 
 
 def run_folder(path: Path) -> Path | None:
@@ -37,7 +38,8 @@ def find_base(path: Path, pretrained: str | None, revision: str | None, variant:
     file = folder / "config.yaml"
     try:
         model = yaml.load(file.read_text(encoding="utf-8"), Loader)["model"]  # noqa: S506 - a SafeLoader
-        return Base(str(model["pretrained"]), revision or model.get("revision"), variant or model.get("variant"))
+        asked = revision or model.get("revision"), variant or model.get("variant")
+        return Base(str(model["pretrained"]), *asked, model.get("prediction_type"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} does not say which model it was trained on; give pretrained=...") from error
 

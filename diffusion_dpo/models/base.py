@@ -1,19 +1,17 @@
 """The facts of a base model, from its JSON files and the names of its weight files, before any weight is read."""
 
-import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models.base_facts import FAMILIES, XL, BaseFacts, first_sentence, with_defaults
+from diffusion_dpo.models.checkpoint_file import find_checkpoint, read_checkpoint, require_layout
 
 POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "stable-diffusion"
-XL = "StableDiffusionXLPipeline"
-FAMILIES = {"StableDiffusionPipeline": "stable_diffusion", XL: "stable_diffusion_xl"}
-"""The pipelines that are understood here, and the `model.type` that trains each."""
 _KINDS = {
     "Inpaint": "an inpainting pipeline",
     "InstructPix2Pix": "an editing pipeline",
@@ -38,58 +36,29 @@ _STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 _NAMES_OF_TEXT = ("text_encoder", "text_encoder_2")
 
 
-@dataclass(frozen=True)
-class BaseFacts:
-    """A pipeline as its settings describe it; the defaults of diffusers' classes are filled in."""
+def read_base(
+    pretrained: str, *, revision: str | None = None, variant: str | None = None, prediction_type: str | None = None
+) -> BaseFacts:
+    """Read the facts of a base: of a model on the hub only its JSON files, of a checkpoint only its header.
 
-    name: str
-    """As it was given: a folder, a file, a hub id or `pocket`."""
-    source: str
-    """The folder or hub id that diffusers loads."""
-    pipeline_name: str
-    unet: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    vae_class: str
-    scheduler: Mapping[str, Any]
-    scheduler_class: str
-    texts: Mapping[str, Mapping[str, Any]]
-    """The settings of the text encoders, by their names in the pipeline."""
-    text_classes: Mapping[str, str]
-    options: Mapping[str, Any]
-    """The pipeline's own settings."""
-    variant: str | None = None
-    """Of the weight files, as it was asked for."""
-    notes: tuple[str, ...] = ()
-    """Sentences on what was taken without being asked for, to be said when the weights are loaded."""
-
-    @property
-    def is_xl(self) -> bool:
-        """Whether it is an SDXL."""
-        return self.pipeline_name == XL
-
-    def part_class(self, part: str) -> str:
-        """Return the class of diffusers that the UNet or the VAE is of."""
-        return self.vae_class if part == "vae" else "UNet2DConditionModel"
-
-    @property
-    def side_px(self) -> int | None:
-        """The side of the square images that it was made for, None where it does not say."""
-        return native_side_px(self.unet["sample_size"], self.downscale)
-
-    @property
-    def downscale(self) -> int:
-        """Pixels per latent element along one side."""
-        return int(2 ** (len(self.vae.get("block_out_channels") or self.vae["encoder_block_out_channels"]) - 1))
-
-
-def read_base(pretrained: str, *, revision: str | None = None, variant: str | None = None) -> BaseFacts:
-    """Read the facts of a base; of a model on the hub only its JSON files are fetched.
-
-    Raises ConfigError, in one sentence, when a file is missing or damaged, or when it is of another family.
+    `prediction_type` None takes what the base says. Raises ConfigError, in one sentence, when a file is missing or
+    damaged, or when it is of another family.
     """
     source = str(POCKET_DIR) if pretrained == "pocket" else pretrained
     if pretrained == "pocket" and not (POCKET_DIR / "model_index.json").exists():
         raise ConfigError(f"the pocket model is not installed at {POCKET_DIR}; scripts/train_pocket.py makes it")
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        base = read_checkpoint(pretrained, checkpoint)
+        require_layout(base)
+    else:
+        base = _read_pipeline(pretrained, source, revision, variant)
+    if prediction_type is None:
+        return base
+    return replace(base, scheduler={**base.scheduler, "prediction_type": prediction_type})
+
+
+def _read_pipeline(pretrained: str, source: str, revision: str | None, variant: str | None) -> BaseFacts:
     _refuse_no_pipeline(pretrained, source)
     index = _read_json(pretrained, source, "model_index.json", revision)
     pipeline_name = _require_family(pretrained, index)
@@ -114,8 +83,8 @@ def read_base(pretrained: str, *, revision: str | None = None, variant: str | No
         name=pretrained,
         source=source,
         pipeline_name=pipeline_name,
-        unet=_with_defaults(unet_class, settings["unet"]),
-        vae=_with_defaults(vae_class, settings["vae"]),
+        unet=with_defaults(unet_class, settings["unet"]),
+        vae=with_defaults(vae_class, settings["vae"]),
         vae_class=vae_class,
         scheduler=scheduler,
         scheduler_class=str(index["scheduler"][1]),
@@ -132,7 +101,7 @@ def _refuse_no_pipeline(name: str, source: str) -> None:
     if path.is_dir() and not (path / "model_index.json").exists():
         raise ConfigError(f"{name} is no diffusers pipeline: it has no model_index.json")
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise ConfigError(f"there is no folder {name}, and it is no hub id (owner/name)")
+        raise ConfigError(f"there is no file or folder {name}, and it is no hub id (owner/name)")
 
 
 def _read_json(name: str, source: str, file: str, revision: str | None) -> dict[str, Any]:
@@ -182,17 +151,6 @@ def _require_part(name: str, source: str, index: Mapping[str, Any], pipeline_nam
         raise ConfigError(f"{name} is a {pipeline_name} without a {part}; a whole pipeline is needed here")
     if Path(source).is_dir() and not (Path(source) / part).is_dir():
         raise ConfigError(f"{name} lacks the folder {part}/; copy or download the pipeline again")
-
-
-def _with_defaults(class_name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the defaults of a diffusers class, which a file of an older version need not name."""
-    import diffusers
-
-    kind = getattr(diffusers, class_name, None)
-    if not isinstance(kind, type):
-        return dict(settings)
-    parameters = inspect.signature(kind).parameters.values()
-    return {it.name: it.default for it in parameters if it.default is not inspect.Parameter.empty} | dict(settings)
 
 
 # --- weight files ----------------------------------------------------------------------------------------------------
@@ -245,15 +203,3 @@ def _variants(name: str, folder: Path, stem: str) -> set[str]:
             ".save_pretrained('CONVERTED')\""
         )
     raise ConfigError(f"{folder} holds no weights ({stem}.safetensors); copy or download the pipeline again")
-
-
-def native_side_px(sample_size: Any, downscale: int) -> int | None:
-    """Return the side in px that a UNet was made for; None where its `sample_size` is null or no square."""
-    sizes = set(sample_size) if isinstance(sample_size, list | tuple) else {sample_size}
-    (size,) = sizes if len(sizes) == 1 else (None,)
-    return None if size is None else int(size) * downscale
-
-
-def first_sentence(error: Exception) -> str:
-    """Return an error's text on one line, shortened, without a final stop."""
-    return " ".join(str(error).split())[:300].rstrip(".")

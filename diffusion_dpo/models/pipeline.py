@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.models.base import POCKET_DIR as POCKET_DIR
-from diffusion_dpo.models.base import BaseFacts, choose_variants, read_base
-from diffusion_dpo.models.base import first_sentence as first_sentence
+from diffusion_dpo.models.base import choose_variants, read_base
+from diffusion_dpo.models.base_facts import BaseFacts
+from diffusion_dpo.models.base_facts import first_sentence as first_sentence
+from diffusion_dpo.models.checkpoint_file import load_checkpoint
 from diffusion_dpo.models.quiet import hush_cuts, quiet
 from diffusion_dpo.models.requirements import require_drawable
 
@@ -26,9 +28,10 @@ def load_base(
     variant: str | None = None,
     device: "torch.device",
     dtype: "torch.dtype",
+    prediction_type: str | None = None,
 ) -> "DiffusionPipeline":
     """Load a pipeline that draws from prompts, by its name; see `load_facts`. `pocket` is the packaged model."""
-    base = read_base(pretrained, revision=revision, variant=variant)
+    base = read_base(pretrained, revision=revision, variant=variant, prediction_type=prediction_type)
     require_drawable(base)
     return load_facts(base, revision=revision, device=device, dtype=dtype)
 
@@ -78,6 +81,8 @@ def _assemble(base: BaseFacts, revision: str | None, dtypes: "Mapping[str, torch
     import diffusers
     import transformers
 
+    if base.file is not None:
+        return _pipeline_of(base, load_checkpoint(base, dtypes))
     folder = base.source
     if not Path(folder).is_dir():
         folder = diffusers.DiffusionPipeline.download(
@@ -94,6 +99,12 @@ def _assemble(base: BaseFacts, revision: str | None, dtypes: "Mapping[str, torch
     for text in base.texts:
         tokenizer = text.replace("text_encoder", "tokenizer")
         parts[tokenizer] = transformers.CLIPTokenizer.from_pretrained(folder, subfolder=tokenizer)
+    return _pipeline_of(base, parts)
+
+
+def _pipeline_of(base: BaseFacts, parts: dict[str, Any]) -> "DiffusionPipeline":
+    import diffusers
+
     parts["scheduler"] = getattr(diffusers, base.scheduler_class).from_config(dict(base.scheduler))
     if not base.is_xl:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -119,7 +130,7 @@ def content_hash(settings: object, *modules: "torch.nn.Module") -> str:
 
 
 def _explain(base: BaseFacts, error: Exception) -> str:
-    if Path(base.source).is_dir():
+    if Path(base.source).exists():
         return f"cannot load the pipeline {base.name}: {first_sentence(error)}"
     text = f"cannot load {base.name!r} from the hub: {first_sentence(error)}"
     if "no file named" in text.lower():

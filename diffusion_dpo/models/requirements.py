@@ -4,7 +4,7 @@ import inspect
 from typing import Any, get_args
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models.base import FAMILIES, BaseFacts, first_sentence
+from diffusion_dpo.models.base_facts import FAMILIES, BaseFacts, first_sentence
 from diffusion_dpo.settings import PredictionType
 
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")

@@ -16,7 +16,8 @@ class StableDiffusion(UNetDiffusion):
     pipeline_name: ClassVar[str] = "StableDiffusionPipeline"
 
     pretrained: str = "pocket"
-    """Local folder or hub id of a diffusers pipeline; `pocket` is the small model that comes with the package."""
+    """Folder or hub id of a diffusers pipeline, or a single-file checkpoint (.safetensors); `pocket` is the small
+    model that comes with the package."""
 
     def load(self, *, device: "torch.device", dtype: "torch.dtype", seed: int) -> "LoadedStableDiffusion":
         """See DiffusionModel."""

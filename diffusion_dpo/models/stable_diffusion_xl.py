@@ -22,7 +22,8 @@ class StableDiffusionXL(UNetDiffusion):
     pipeline_name: ClassVar[str] = "StableDiffusionXLPipeline"
 
     pretrained: str = "stabilityai/stable-diffusion-xl-base-1.0"
-    """Local folder or hub id of a diffusers pipeline: SDXL base, Turbo, or one made of them; no refiner."""
+    """Folder or hub id of a diffusers pipeline, or a single-file checkpoint (.safetensors): SDXL base, Turbo, or one
+    made of them; no refiner."""
 
     def load(self, *, device: "torch.device", dtype: "torch.dtype", seed: int) -> "LoadedStableDiffusionXL":
         """See DiffusionModel."""

@@ -13,7 +13,8 @@ from pydantic import Field
 from diffusion_dpo.config import Config, ConfigError
 from diffusion_dpo.console import warn
 from diffusion_dpo.models import DiffusionModel, LoadedModel, fused_lora
-from diffusion_dpo.models.base import BaseFacts, native_side_px, read_base
+from diffusion_dpo.models.base import read_base
+from diffusion_dpo.models.base_facts import BaseFacts, native_side_px
 from diffusion_dpo.models.lora_layers import (
     DEFAULT_TARGETS,
     add_to_weights,
@@ -66,11 +67,13 @@ class UNetDiffusion(DiffusionModel):
     """The pipeline of the family, by its name in diffusers."""
 
     pretrained: str
-    """Local folder or hub id of a diffusers pipeline."""
+    """Local folder or hub id of a diffusers pipeline, or a single-file checkpoint (.safetensors)."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for results that can be repeated."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, where its files do not say it or say it wrongly; null takes what they say."""
     adapter_path: Path | None = None
     """LoRA folder or file, `unet/` folder, or run folder that training starts from. The reference is the model with
     it; a LoRA is trained on, and what it has for the text encoders stays as it is."""
@@ -94,7 +97,9 @@ class UNetDiffusion(DiffusionModel):
 
     def read_base(self) -> BaseFacts:
         """Return the facts of the base; raises ConfigError where it is none that is trained as it draws."""
-        base = read_base(self.pretrained, revision=self.revision, variant=self.variant)
+        base = read_base(
+            self.pretrained, revision=self.revision, variant=self.variant, prediction_type=self.prediction_type
+        )
         require_trainable(base, self.pipeline_name)
         return base
 

@@ -17,11 +17,14 @@ class ImageModel(Config):
     """A model that draws: a diffusers pipeline, optionally with an adapter on top."""
 
     pretrained: str = "pocket"
-    """Local folder or hub id of a diffusers pipeline; `pocket` is the small model that comes with the package."""
+    """Folder or hub id of a diffusers pipeline, or a single-file checkpoint (.safetensors); `pocket` is the small
+    model that comes with the package."""
     revision: str | None = None
     """Branch, tag or commit on the hub; pin it for results that can be repeated."""
     variant: str | None = None
     """Variant of the weight files, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What the model predicts, where its files do not say it or say it wrongly; null takes what they say."""
     adapter_path: Path | None = None
     """LoRA folder or file, a `unet/` folder, or a run folder of `train`; null draws with the base alone."""
     adapter_scale: float = 1.0

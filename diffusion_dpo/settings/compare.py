@@ -10,7 +10,7 @@ from diffusion_dpo.config import Config, plugin
 from diffusion_dpo.settings.common import Device, ImageModel, Precision, Sampling
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,39}")
-_OF_THE_BASELINE = ("pretrained", "revision", "variant")
+_OF_THE_BASELINE = ("pretrained", "revision", "variant", "prediction_type")
 
 
 class CompareConfig(Config):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models import adapters
-from diffusion_dpo.models.base import BaseFacts
+from diffusion_dpo.models.base_facts import BaseFacts
 from diffusion_dpo.models.lora_file import PARTS
 from diffusion_dpo.models.start import Start, refuse_start
 from diffusion_dpo.models.unet_diffusion import add_lora, checkpoint_blocks

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from diffusion_dpo import export
 from diffusion_dpo.config import ConfigError, load
-from diffusion_dpo.models.pipeline import POCKET_DIR
+from diffusion_dpo.models.checkpoint_file import header_settings
+from diffusion_dpo.models.original_layout import as_original
+from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.settings import ExportConfig
 from tests.exporting.loras import ATTENTION, FORMATS, TEXT, Made, image, load_plainly, lora, nothing_left, run
 from tests.fakes import make_stable_diffusion
@@ -132,3 +134,35 @@ def test_the_text_encoder_of_stable_diffusion_2_gets_open_clips_names(tmp_path: 
     names = set(load_file(out / "lora.safetensors"))
     assert "cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight" in names
     assert np.abs(image(load_plainly(model, out, "single_file")) - model.after).max() <= 1
+
+
+def test_a_merged_folder_is_read_plainly_by_every_version(made: Callable[[str, str], Made], tmp_path: Path) -> None:
+    """In half precision: one number format after a plain load, transformers 4's names and files, no path of ours."""
+    model = made("xl", "all")
+    out = run(model, tmp_path / "out", "format=merged")
+    pipeline = DiffusionPipeline.from_pretrained(out)
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    assert {pipeline.components[part].dtype for part in parts} == {torch.float32}
+    assert np.abs(image(pipeline) - model.after).mean() < 3
+    for part in parts[2:]:
+        weights = load_file(out / part / "model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float16}
+        assert all(key.startswith(("text_model.", "text_projection.")) for key in weights)
+        folder = out / part.replace("text_encoder", "tokenizer")
+        vocab = json.loads((folder / "vocab.json").read_text())
+        assert vocab == pipeline.tokenizer.get_vocab() and (folder / "merges.txt").read_text().startswith("#version")
+    for file in out.rglob("*"):
+        assert file.is_dir() or str(model.base).encode() not in file.read_bytes(), file
+
+
+def test_a_run_on_a_checkpoint_is_exported_as_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    """A single-file base, without a folder of settings: its LoRA becomes a checkpoint that diffusers reads."""
+    model = Made(bases["sd"], tmp_path / "lora", lora(*ATTENTION))
+    pipeline = load_base(str(bases["sd"]), device=torch.device("cpu"), dtype=torch.float32)
+    weights = {key: value.contiguous() for key, value in as_original(pipeline.components).items()}
+    (tmp_path / "base").mkdir()
+    save_file(weights, tmp_path / "base" / "any.safetensors", metadata=header_settings(pipeline))
+    file = tmp_path / "base" / "any.safetensors"
+    out = run(model, tmp_path / "out", f"pretrained={file}", "format=single_file", "dtype=fp32")
+    again = load_base(str(out), device=torch.device("cpu"), dtype=torch.float32)
+    assert np.abs(image(again) - model.after).max() <= 1
