@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from diffusion_dpo import __version__, interrupt, processes
-from diffusion_dpo.config import Config, ConfigError, load
+from diffusion_dpo.config import Config, ConfigError, load, refuse_lost
 from diffusion_dpo.settings import VERBS, CheckConfig, DemoConfig, TrainConfig
 
 
@@ -234,9 +234,9 @@ def _split(arguments: list[str]) -> tuple[str | None, list[str]]:
             raise ConfigError(
                 f"there is no option {argument}; settings are written without dashes: {name}={value or '...'}"
             )
-    if arguments and "=" not in arguments[0]:
-        return arguments[0], arguments[1:]
-    return None, arguments
+    path, overrides = (arguments[0], arguments[1:]) if arguments and "=" not in arguments[0] else (None, arguments)
+    refuse_lost(overrides)
+    return path, overrides
 
 
 def _run(verb: str, config: Config, *arguments: float, function: str = "run") -> None:

@@ -116,7 +116,6 @@ def load(cls: type[C], path: str | Path | None = None, overrides: Sequence[str] 
     """
     data = _name_types(cls, _read_yaml(Path(path))) if path is not None else {}
     parsed = [_split_override(text) for text in overrides]
-    _refuse_lost([keys for keys, _ in parsed])
     for keys, value in parsed:
         if keys[-1] == "type" and len(keys) > 1 and _get(data, keys) not in (value, UNDECIDED):
             _set(data, keys[:-1], {"type": value})
@@ -195,8 +194,9 @@ def _split_override(text: str) -> tuple[list[str], Any]:
         ) from None
 
 
-def _refuse_lost(given: list[list[str]]) -> None:
-    """Raise ConfigError where an override would silently undo an earlier one."""
+def refuse_lost(overrides: Sequence[str]) -> None:
+    """Raise ConfigError where one of the settings that were typed would silently undo an earlier one."""
+    given = [text.partition("=")[0].split(".") for text in overrides]
     for number, keys in enumerate(given):
         for before in given[:number]:
             if before == keys:
