@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data.images import middle_square
 from diffusion_dpo.models.adapters import adapter_files, add_adapter, find_adapter
-from diffusion_dpo.models.base_facts import native_side_px
+from diffusion_dpo.models.base_facts import require_side_px
 from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.pipeline import POCKET_DIR, load_base
 from diffusion_dpo.models.requirements import with_schedule
@@ -185,12 +185,7 @@ def _encode(pipeline: "DiffusionPipeline", reference: "Image | None", side: int)
 
 def resolution_px(pipeline: "DiffusionPipeline", asked: int | None) -> int:
     """Return the side of the images in px; raises ConfigError when the model cannot draw that size."""
-    sample_size = pipeline.unet.config.sample_size
-    side = asked or native_side_px(sample_size, pipeline.vae_scale_factor)
-    if side is None:
-        raise ConfigError(
-            f"the model does not say one side of its images (sample_size is {sample_size}): set resolution_px"
-        )
+    side = asked or require_side_px(pipeline.unet.config.sample_size, pipeline.vae_scale_factor)
     if side % pipeline.vae_scale_factor:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {pipeline.vae_scale_factor}")
     return int(side)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusion_dpo.config import ConfigError
+
 XL = "StableDiffusionXLPipeline"
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion", XL: "stable_diffusion_xl"}
 """The pipelines that are understood here, and the `model.type` that trains each."""
@@ -49,11 +51,6 @@ class BaseFacts:
         return self.vae_class if part == "vae" else "UNet2DConditionModel"
 
     @property
-    def side_px(self) -> int | None:
-        """The side of the square images that it was made for, None where it does not say."""
-        return native_side_px(self.unet["sample_size"], self.downscale)
-
-    @property
     def downscale(self) -> int:
         """Pixels per latent element along one side."""
         return int(2 ** (len(self.vae.get("block_out_channels") or self.vae["encoder_block_out_channels"]) - 1))
@@ -75,6 +72,16 @@ def native_side_px(sample_size: Any, downscale: int) -> int | None:
     sizes = set(sample_size) if isinstance(sample_size, list | tuple) else {sample_size}
     (size,) = sizes if len(sizes) == 1 else (None,)
     return None if size is None else int(size) * downscale
+
+
+def require_side_px(sample_size: Any, downscale: int) -> int:
+    """Return the side in px that a UNet was made for; raises ConfigError where it does not say."""
+    side = native_side_px(sample_size, downscale)
+    if side is None:
+        raise ConfigError(
+            f"the model does not say one side of its images (sample_size is {sample_size}): set resolution_px"
+        )
+    return side
 
 
 def first_sentence(error: Exception) -> str:

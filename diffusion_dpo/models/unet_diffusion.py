@@ -14,7 +14,7 @@ from diffusion_dpo.config import Config, ConfigError
 from diffusion_dpo.console import warn
 from diffusion_dpo.models import DiffusionModel, LoadedModel, fused_lora
 from diffusion_dpo.models.base import read_base
-from diffusion_dpo.models.base_facts import BaseFacts, native_side_px
+from diffusion_dpo.models.base_facts import BaseFacts, require_side_px
 from diffusion_dpo.models.lora_layers import (
     DEFAULT_TARGETS,
     add_to_weights,
@@ -176,13 +176,7 @@ class LoadedUNet(LoadedModel):
     @property
     def resolution_px(self) -> int:
         """See LoadedModel; raises ConfigError where the model does not say."""
-        side = native_side_px(self.unet.config.sample_size, self.downscale)
-        if side is None:
-            raise ConfigError(
-                f"the model does not say one side of its images (the UNet's sample_size is "
-                f"{self.unet.config.sample_size}): set resolution_px"
-            )
-        return side
+        return require_side_px(self.unet.config.sample_size, self.downscale)
 
     @property
     def latent_channels(self) -> int:

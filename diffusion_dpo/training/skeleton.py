@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models import adapters
-from diffusion_dpo.models.base_facts import BaseFacts
+from diffusion_dpo.models.base_facts import BaseFacts, require_side_px
 from diffusion_dpo.models.lora_file import PARTS
 from diffusion_dpo.models.start import Start, refuse_start
 from diffusion_dpo.models.unet_diffusion import add_lora, checkpoint_blocks
@@ -197,12 +197,7 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
     upcast = base.is_xl and base.vae["force_upcast"] and dtype == torch.float16
     vae = _build_vae(base.vae, torch.float32 if upcast else dtype)
     downscale = base.downscale
-    side = config.resolution_px or base.side_px
-    if side is None:
-        raise ConfigError(
-            f"{base.name} does not say one side of its images (sample_size is {base.unet['sample_size']}): set "
-            "resolution_px"
-        )
+    side = config.resolution_px or require_side_px(base.unet["sample_size"], downscale)
     if side % downscale:
         raise ConfigError(f"resolution_px is {side}; this model needs a multiple of {downscale}")
     return Skeleton(
