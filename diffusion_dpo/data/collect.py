@@ -64,7 +64,7 @@ def collect(
     if not len(found):
         why = f"all {total} rows were dropped:\n" + "\n".join(lines) if total else "it has no rows"
         raise ConfigError(f"no pairs are left of {name}: {why}")
-    for line in source.left_out():
+    for line in source.left_out() if indexed is None else ():
         say(f"left out: {line}")
     say(f"{len(found)} pairs of {total} rows of {name}" + (", as indexed before" if indexed else ""))
     if lines:

@@ -22,6 +22,7 @@ class FolderData(RecordData):
     """
 
     keys = ("prompt", "chosen", "rejected")
+    image_keys = ("chosen", "rejected", "mask")
     example = '{"prompt": "a cat", "chosen": "cat_1.png", "rejected": "cat_2.png"}'
 
     @classmethod
@@ -60,7 +61,3 @@ class FolderData(RecordData):
             return pair
         origins = [origin_of(record.values[name]) for name in models]
         return replace(pair, chosen_origin=origins[0], rejected_origin=origins[1])
-
-    def stamp(self) -> str:
-        """Return the state of the rows and of every file that they name."""
-        return self.stamp_of_files((*self.keys[1:], "mask"))

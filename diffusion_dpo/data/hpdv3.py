@@ -21,6 +21,7 @@ class HPDv3Data(RecordData):
 
     noun: ClassVar[str] = "pairs in the columns of HPDv3"
     keys = ("prompt", *_IMAGES)
+    image_keys = _IMAGES
     numbers = ("confidence",)
 
     soft_labels: bool = False
@@ -36,10 +37,6 @@ class HPDv3Data(RecordData):
         """Yield every row."""
         for record in self.records(_OPTIONAL):
             yield Dropped(record.where, record.fault) if record.fault else self._read_row(record)
-
-    def stamp(self) -> str:
-        """Return the state of the rows and of every file that they name."""
-        return self.stamp_of_files(_IMAGES)
 
     def _read_row(self, record: Record) -> PreferencePair | Dropped:
         where, entry = record.where, record.values

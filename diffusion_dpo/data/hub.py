@@ -13,7 +13,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.by_column import SCORE, Columns, count_rows, read_labels_of, read_table
-from diffusion_dpo.data.holding import Holding
+from diffusion_dpo.data.holding import Holding, look_into
 from diffusion_dpo.data.labels import Labels, Meaning, read_labels
 from diffusion_dpo.data.layout import find_settings
 from diffusion_dpo.data.rows import Ties
@@ -79,7 +79,7 @@ class HubData(PairSource):
         settings = find_settings(found.columns, files=found.is_text) if found.table else None
         if settings is None:
             return None
-        return settings | {"path": str(found.table.files[0] if found.table and found.is_text else found.path)}
+        return settings | {"path": str(found.path)}
 
     @model_validator(mode="after")
     def _one_thing_decides(self) -> Self:
@@ -112,13 +112,19 @@ class HubData(PairSource):
 
     def left_out(self) -> list[str]:
         """See PairSource; of what is on the hub, no file that is left out is downloaded to count its rows."""
-        from diffusion_dpo.data import shards
-
         local = Path(self.path)
         if not local.is_dir():
             return []
-        left = select(shards.parquet_files(local), self.split, local)[1]
-        return describe(left, (shards.num_rows(file) for files in left.values() for file in files), local)
+        left, columns = select(self._every_file(local), self.split, local)[1], self._columns()
+        return describe(left, (count_rows(file, columns) for files in left.values() for file in files), local)
+
+    def _every_file(self, folder: Path) -> list[Path]:
+        """Return the files of the first table in a folder that has the columns; without one, those that hold rows."""
+        from diffusion_dpo.data import shards
+
+        wanted = set(self._columns().required)
+        table = next((table for table in look_into(folder).tables if wanted <= table.columns), None)
+        return shards.parquet_files(folder) if table is None else list(table.files)
 
     def _needed_files(self) -> Iterator[tuple[Path, int]]:
         """Yield every file that holds one of the first `max_rows` rows, and its number of rows."""
@@ -165,13 +171,12 @@ class HubData(PairSource):
         )
 
     def _files(self) -> Iterator[Path]:
-        from diffusion_dpo.data import shards
 
         local = Path(self.path)
         if local.is_file():
             yield local
         elif local.is_dir():
-            yield from select(shards.parquet_files(local), self.split, local)[0]
+            yield from select(self._every_file(local), self.split, local)[0]
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", self.path):
             yield from _hub_files(self.path, self.revision, self.split)
         else:

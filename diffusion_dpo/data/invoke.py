@@ -16,6 +16,7 @@ class InvokeData(RecordData):
 
     noun: ClassVar[str] = "pairs in the columns of invoke-training"
     keys = ("prompt", *_IMAGES, *_PREFER)
+    image_keys = _IMAGES
     numbers = _PREFER
 
     ties: Ties = "drop"
@@ -25,10 +26,6 @@ class InvokeData(RecordData):
         """Yield every row."""
         for record in self.records():
             yield Dropped(record.where, record.fault) if record.fault else self._read_row(record)
-
-    def stamp(self) -> str:
-        """Return the state of the rows and of every file that they name."""
-        return self.stamp_of_files(_IMAGES)
 
     def _read_row(self, record: Record) -> PreferencePair | Dropped:
         where, entry = record.where, record.values

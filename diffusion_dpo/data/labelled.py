@@ -13,6 +13,7 @@ class LabelledData(RecordData):
 
     noun: ClassVar[str] = "labelled images"
     keys = ("prompt", "image", "label")
+    image_keys = ("image",)
     example = '{"prompt": "a cat", "image": "cat_1.png", "label": true}'
     numbers = ("label",)
 
@@ -25,7 +26,3 @@ class LabelledData(RecordData):
                 continue
             prompt, label = record.values["prompt"], record.values["label"]
             yield make_labelled_image(record.where, prompt, images[0], label, source="labelled")
-
-    def stamp(self) -> str:
-        """Return the state of the rows and of every file that they name."""
-        return self.stamp_of_files(("image",))

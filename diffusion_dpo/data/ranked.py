@@ -33,6 +33,7 @@ class RankedData(RecordData):
 
     noun: ClassVar[str] = "ranked images"
     keys = ("prompt", "rank")
+    image_keys = _IMAGES
     numbers = ("rank", *_RATINGS)
 
     pairs: Literal["all", "best_worst", "adjacent"] = "all"
@@ -66,10 +67,6 @@ class RankedData(RecordData):
             else:
                 ranks[_group(record)].append(record.values["rank"])
         return broken + sum(len(pick_by_rank(group, self.pairs)) or 1 for group in ranks.values())
-
-    def stamp(self) -> str:
-        """Return the state of the rows and of every file that they name."""
-        return self.stamp_of_files(_IMAGES)
 
     def _rows(self, images: Sequence[str] = ()) -> Iterator[Record]:
         """Yield every image with its rank, of Parquet with its bytes only where they are asked for."""

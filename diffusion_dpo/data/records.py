@@ -1,6 +1,7 @@
 """Rows of a JSON list, of JSON lines, CSV or Parquet, whose images are files beside them or bytes inside."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,10 @@ from typing import Any, ClassVar
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped
 from diffusion_dpo.data.columns import respell, spelled_rows
-from diffusion_dpo.data.holding import Holding, look_into
+from diffusion_dpo.data.holding import METADATA, ROWS, Holding, look_into, walk
+from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
-from diffusion_dpo.data.splits import FileData
+from diffusion_dpo.data.splits import ALL, FileData, some
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.tables import read_csv
 
@@ -36,6 +38,8 @@ class RecordData(FileData):
 
     keys: ClassVar[tuple[str, ...]]
     """The columns that every row has."""
+    image_keys: ClassVar[tuple[str, ...]]
+    """The columns that hold images or their names, whether every row has them or not."""
     example: ClassVar[str] = ""
     """One such row, for messages."""
     numbers: ClassVar[tuple[str, ...]] = ()
@@ -72,6 +76,25 @@ class RecordData(FileData):
         from diffusion_dpo.data import shards
 
         return super().rows_in(file) if shards.is_table(file) else sum(1 for _ in read_file(file))
+
+    def left_out(self) -> list[str]:
+        """See PairSource; of text also the images beside it that no row names, and other files with rows."""
+        from diffusion_dpo.data import shards
+
+        lines = super().left_out()
+        if not self.path.is_dir() or any(shards.is_table(file) for file in self.files()):
+            return lines
+        every = self.model_copy(update={"split": ALL})
+        used = {os.path.normpath(str(file).replace("\\", "/")) for file in (*every.files(), *every._named())}
+        rest = [file for file in walk(self.path) if os.path.normpath(self.path / file) not in used]
+        images = [str(file) for file in rest if file.suffix.lower() in IMAGE_SUFFIXES]
+        rows = [str(file) for file in rest if file.stem == METADATA and file.suffix.lower() in ROWS]
+        lines += [f"{len(images)} images that no row names ({some(images)})"] if images else []
+        return lines + ([f"{some(rows)}: {self.files()[0].name} is read"] if rows else [])
+
+    def stamp(self) -> str:
+        """Return the state of the rows and of every file that they name."""
+        return stamp_of(file for files in (self.files(), self._named()) for file in files)
 
     def records(self, optional: Sequence[str] = (), *, images: Sequence[str] = ()) -> Iterator[Record]:
         """Yield every row, few of them in memory at a time.
@@ -110,13 +133,10 @@ class RecordData(FileData):
             found.append(value)
         return found
 
-    def stamp_of_files(self, keys: Sequence[str]) -> str:
-        """Return the state of the rows and of every file that they name under some keys."""
-        return stamp_of(file for files in (self.files(), self._named(keys)) for file in files)
-
-    def _named(self, keys: Sequence[str]) -> Iterator[Path]:
-        for record in self.records(images=keys):
-            values = (record.values.get(key) for key in keys)
+    def _named(self) -> Iterator[Path]:
+        """Every file that the rows may mean by the names in them."""
+        for record in self.records(images=self.image_keys):
+            values = (record.values.get(key) for key in self.image_keys)
             names = [name for value in values for name in (value if isinstance(value, list) else [value])]
             places = (place for name in names if isinstance(name, str) for place in self._places(record.file, name))
             yield from (folder / name for folder, name in places)

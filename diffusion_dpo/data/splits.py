@@ -60,7 +60,7 @@ def select(files: Sequence[Path], split: str | None, root: Path) -> tuple[list[P
     if wanted == TRAIN and TRAIN not in by_split and "" in by_split:
         wanted = ""
     if wanted not in by_split:
-        names = ", ".join(it.name for it in files[:_SHOWN]) + (", ..." if len(files) > _SHOWN else "")
+        names = some([it.name for it in files])
         known = f"those there are {', '.join(there)}" if there else f"its files name none: {names}"
         asked = f"no split {split!r}" if split else "several splits, and none of them is train"
         raise ConfigError(f"{root} has {asked}; {known}; set data.split to one of them, or to all")
@@ -73,12 +73,21 @@ def describe(left: Mapping[str, Sequence[Path]], counts: Iterable[int], root: Pa
         return []
     rows = iter(counts)
     parts = [
-        f"{sum(next(rows) for _ in files)} rows of {f'the split {name}' if name else 'files that name no split'} "
+        f"{_rows(sum(next(rows) for _ in files))} of {f'the split {name}' if name else 'files that name no split'} "
         f"({_inside(files[0], root)}{', ...' if len(files) > 1 else ''})"
         for name, files in left.items()
     ]
     settings = " or ".join(f"data.split={name or ALL}" for name in left)
     return [f"{', '.join(parts)}; {settings} reads them"]
+
+
+def _rows(number: int) -> str:
+    return f"{number} row{'s'[: number != 1]}"
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of the names, for a message."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _inside(file: Path, root: Path) -> PurePosixPath:

@@ -1,7 +1,7 @@
 """Two folders, chosen/ and rejected/, with the same file names, and captions beside them: pairs sorted by hand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from posixpath import splitext
 from typing import Any, NamedTuple, Self
@@ -11,13 +11,15 @@ from pydantic import Field, model_validator
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.columns import spelling
+from diffusion_dpo.data.embedded import Embedded, read_embedded
 from diffusion_dpo.data.holding import Holding, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
 from diffusion_dpo.data.records import read_file
 from diffusion_dpo.data.rows import make_pair
-from diffusion_dpo.data.splits import describe, select
+from diffusion_dpo.data.splits import describe, select, some
 from diffusion_dpo.data.stamps import stamp_of
+from diffusion_dpo.data.text import decode_text
 
 CAPTIONS = "captions.jsonl"
 CAPTION_SUFFIXES = (".txt", ".caption")
@@ -46,6 +48,7 @@ _WORSE = (
 )
 """Names of folders that say which images are better; kohya's are w and l."""
 _SHOWN = 3
+_NO_CAPTION = "no caption"
 _FOLDER_NAME = r"^[^/\\]+$"
 
 
@@ -62,6 +65,11 @@ class Files(NamedTuple):
     sides: dict[str, dict[Place, list[str]]]
     captions: frozenset[str]
     others: tuple[str, ...]
+
+    @property
+    def stems(self) -> set[str]:
+        """The names of all images, without their suffixes."""
+        return {splitext(name)[0] for images in self.sides.values() for names in images.values() for name in names}
 
     @property
     def places(self) -> list[Place]:
@@ -142,15 +150,17 @@ class TwoFoldersData(PairSource):
         others = [name for name in found.others if PurePosixPath(name).name not in (CAPTIONS, "manifest.json")]
         images = [name for name in others if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
         rest = [name for name in others if name not in set(images)]
+        alone = sorted(name for name in found.captions if splitext(name)[0] not in found.stems)
         counts = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in rest).most_common()
         lines = [
-            f"{len(images)} images that lie in neither {self.chosen_dir}/ nor {self.rejected_dir}/ ({_some(images)})",
-            f"{len(rest)} files that are no images: {', '.join(f'{n} x {it}' for it, n in counts)} ({_some(rest)})",
+            f"{len(alone)} captions without an image ({some(alone)})",
+            f"{len(images)} images that lie in neither {self.chosen_dir}/ nor {self.rejected_dir}/ ({some(images)})",
+            f"{len(rest)} files that are no images: {', '.join(f'{n} x {it}' for it, n in counts)} ({some(rest)})",
         ]
         rows = Counter(self._folder(place) for place in found.places)
         left = self._select(found)[1]
         of_splits = describe(left, (rows[folder] for folders in left.values() for folder in folders), self.path)
-        return of_splits + [line for line, it in zip(lines, (images, rest), strict=True) if it]
+        return of_splits + [line for line, it in zip(lines, (alone, images, rest), strict=True) if it]
 
     def _pair(
         self, place: Place, chosen: str, rejected: str, listed: list[str], captions: frozenset[str]
@@ -158,11 +168,12 @@ class TwoFoldersData(PairSource):
         prompt, fault = self._caption(place, listed, captions)
         also = [] if self.images_dir is None else [self.images_dir]
         images = [read_inside(self.path, file, also=also) for file in (chosen, rejected)]
-        wrong = next(
-            (f"{side}: {advise(it)}" for side, it in zip(_SIDES, images, strict=True) if isinstance(it, str)), ""
-        )
-        if fault or wrong:
-            return Dropped(chosen, fault or wrong)
+        faults = [f"{side}: {advise(it)}" for side, it in zip(_SIDES, images, strict=True) if isinstance(it, str)]
+        if fault == _NO_CAPTION and not faults:
+            inside = {said.prompt for it in images if isinstance(it, bytes) and (said := _said(it)).prompt}
+            prompt, fault = (inside.pop(), "") if len(inside) == 1 else ("", fault)
+        if fault or faults:
+            return Dropped(chosen, fault or faults[0])
         return make_pair(chosen, prompt, *images, source="two_folders")
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -257,12 +268,12 @@ class TwoFoldersData(PairSource):
                 if isinstance(data, str):
                     return "", f"caption: {data}"
                 try:
-                    found.add(data.decode("utf-8-sig").strip())
+                    found.add(decode_text(data).strip())
                 except UnicodeDecodeError:
-                    return "", "caption: not UTF-8 text"
+                    return "", "caption: neither UTF-8 nor UTF-16 text"
         found = found - {""} or found
         if len(found) != 1:
-            return "", "different captions" if found else "no caption"
+            return "", "different captions" if found else _NO_CAPTION
         return found.pop(), ""
 
 
@@ -279,5 +290,9 @@ def _two_sides(folders: Mapping[str, set[str]]) -> tuple[str, str] | None:
     return better[0], worse[0]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def _said(data: bytes) -> Embedded:
+    """Return what the program that drew an image wrote into it."""
+    try:
+        return read_embedded(data)
+    except (OSError, EOFError):
+        return Embedded()

@@ -18,7 +18,7 @@ from typing import cast
 from PIL import Image, ImageFilter
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.console import progress, warn
+from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.candidates import find_candidates, find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
@@ -101,6 +101,8 @@ def _find(config: LabelConfig) -> Iterator[_Pair]:
     if source is None:
         yield from _of_candidates(config)
         return
+    for line in source.left_out():
+        say(f"left out: {line}")
     left_out: dict[str, list[str]] = defaultdict(list)
     for row in source.read():
         if isinstance(row, Dropped):

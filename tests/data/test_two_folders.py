@@ -85,7 +85,7 @@ def test_captions_of_any_kind(tmp_path: Path) -> None:
         make(tmp_path, **{f"chosen__{name}_jpg": A, f"rejected__{name}_jpg": B, f"chosen__{name}_txt": text})
     long, null, broken, blank, marked = items(TwoFoldersData(path=tmp_path))
     assert isinstance(long, PreferencePair) and isinstance(null, PreferencePair)
-    assert broken == Dropped("chosen/c.jpg", "caption: not UTF-8 text")
+    assert broken == Dropped("chosen/c.jpg", "caption: neither UTF-8 nor UTF-16 text")
     assert blank == Dropped("chosen/d.jpg", "no prompt")
     assert isinstance(marked, PreferencePair) and marked.prompt == "a cat"
 
