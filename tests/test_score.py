@@ -281,6 +281,22 @@ def test_a_folder_of_image_files_with_captions(tmp_path: Path) -> None:
     assert json.loads((out / "manifest.json").read_text())["made_by"] == "score"
 
 
+def test_scores_elsewhere_go_by_the_images_wherever_they_lie(candidates: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores"
+    _score(candidates, _counting(), f"output_dir={out}")
+    shard = next(out.glob("scores-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-8])  # damaged: it is judged again, and is no reason to refuse
+    candidates.rename(tmp_path / "moved")
+    judged.clear()
+    _score(tmp_path / "moved", _counting(), f"output_dir={out}")
+    assert 0 < len(judged) < sum(1 for _ in read_rows(tmp_path / "moved", pattern="images-*.parquet"))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_shard(other / "images-00000.parquet", [_row(Image.new("RGB", (77, 32), "blue"), "p", 0)], CANDIDATES)
+    with pytest.raises(ConfigError, match="holds scores of other images; choose another output_dir"):
+        _score(other, _counting(), f"output_dir={out}")
+
+
 def test_references_are_part_of_what_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = Image.new("RGB", (32, 32), "red")
     good = _row(image, "p", 0) | {"references": [image_struct(encode_png(image))]}
