@@ -20,6 +20,8 @@ _REPLACED = re.compile(r"\.(.+)\.[0-9a-f]{8}\.replaced")
 _EXCHANGE, _HERE = 2, -100
 """RENAME_EXCHANGE and AT_FDCWD of Linux."""
 _HASH = re.compile(r"[0-9a-f]{12,}")
+_PLACES = ("path", "data")
+"""By which the folders of `score` and `label` went in earlier versions; today by what lies there."""
 _MAX_SHOWN = 48
 """Characters of a value in a message."""
 _PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
@@ -212,7 +214,8 @@ def finish(folder: Path, made_by: str, identity: dict[str, Any], **facts: Any) -
 
 
 def _refuse_changes(folder: Path, before: Any, now: dict[str, Any], way_on: str) -> None:
-    lines = list(_differences(before if isinstance(before, dict) else {}, now))
+    known = before if isinstance(before, dict) else {}
+    lines = list(_differences({key: known[key] for key in known if key in now or key not in _PLACES}, now))
     if lines:
         raise ConfigError(
             "\n".join(

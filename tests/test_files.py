@@ -45,6 +45,14 @@ def test_a_refusal_names_what_differs_and_the_way_to_go_on(
     made(tmp_path, before)  # which is still its run
 
 
+def test_scores_and_votes_of_earlier_versions_go_on(tmp_path: Path) -> None:
+    """Their manifests named the place of the images."""
+    made(tmp_path, {"path": "runs/candidates", "data": None, "seed": 0})
+    made(tmp_path, {"seed": 0})
+    with pytest.raises(ConfigError, match="seed: 0 -> 1"):
+        made(tmp_path, {"seed": 1})
+
+
 def test_facts_stand_in_the_manifest_before_the_run_is_finished(tmp_path: Path) -> None:
     with claim(tmp_path, "train", {}, facts={"labelled_by": ["clip"]}):
         assert read_manifest(tmp_path) == {

@@ -13,15 +13,15 @@ from diffusion_dpo.config import ConfigError, command, dump
 from diffusion_dpo.console import say
 from diffusion_dpo.data.comparisons import is_comparison
 from diffusion_dpo.data.votes import LOG
-from diffusion_dpo.files import atomic_path, claim, finish
-from diffusion_dpo.label.items import make_items
+from diffusion_dpo.files import atomic_path, claim, finish, read_manifest
+from diffusion_dpo.label.items import make_items, refuse_other_images
 from diffusion_dpo.label.log import Log
 from diffusion_dpo.label.pairs import write_pairs
 from diffusion_dpo.label.study import Study
 from diffusion_dpo.settings import LabelConfig
 
 _ANY = ("0.0.0.0", "::")
-_DECIDES: Any = {"path", "data", "pairs_per_prompt", "max_pairs", "checks_share", "repeat_share", "seed"}
+_DECIDES: Any = {"pairs_per_prompt", "max_pairs", "checks_share", "repeat_share", "seed"}
 
 
 def run(config: LabelConfig) -> Path:
@@ -71,7 +71,10 @@ def _opened(config: LabelConfig, identity: dict[str, Any]) -> Iterator[Study]:
     """Yield the study of a folder, whose images are written first where it is new."""
     folder = config.output_dir
     items = make_items(config, folder)
-    finish(folder, "label", identity, num_items=len(items))
+    source = config.model_dump(mode="json", include={"path", "data"})
+    if read_manifest(folder).get("source", source) != source:  # perhaps it only moved
+        refuse_other_images(config, items)
+    finish(folder, "label", identity, num_items=len(items), source=source)
     with Log(folder / LOG) as log:
         yield Study(config, items, log)
 

@@ -82,6 +82,15 @@ def make_items(config: LabelConfig, folder: Path) -> list[Item]:
     return items
 
 
+def refuse_other_images(config: LabelConfig, items: Sequence[Item]) -> None:
+    """Raise ConfigError where a study is of other images or prompts than those of the settings, wherever they lie."""
+    there = set(_choose(config, _find(config)))
+    if not there.issuperset((item.prompt, item.first_uid, item.second_uid, item.model) for item in items):
+        raise ConfigError(
+            f"{config.output_dir} belongs to another study, of other images or prompts; choose another output_dir"
+        )
+
+
 # --- which pairs -----------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.pairs import PairsData
 from diffusion_dpo.data.votes import read_lines, read_votes
+from diffusion_dpo.label import _claimed, _opened
 from diffusion_dpo.label.items import make_items
 from diffusion_dpo.label.log import Log
 from diffusion_dpo.label.results import results_of
@@ -337,3 +338,18 @@ def test_images_that_are_left_out_are_one_line_by_reason(tmp_path: Path, capsys:
         label.export(make_config(tmp_path))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert line.startswith("warning: left out: 80 x smaller than 32 px (image ") and len(line) < 200
+
+
+def test_a_study_goes_on_where_its_images_moved_and_not_with_others(tmp_path: Path) -> None:
+    config = make_config(tmp_path, prompts=["a", "b"])
+    with _claimed(config) as identity, _opened(config, identity) as study:
+        items = study.items
+    config.path.rename(tmp_path / "moved")
+    moved = config.model_copy(update={"path": tmp_path / "moved"})
+    with _claimed(moved) as identity, _opened(moved, identity) as study:
+        assert study.items == items
+    write_candidates(tmp_path / "others", ["a", "c"])
+    others = config.model_copy(update={"path": tmp_path / "others"})
+    with pytest.raises(ConfigError, match="belongs to another study"):  # noqa: SIM117
+        with _claimed(others) as identity, _opened(others, identity):
+            pass
