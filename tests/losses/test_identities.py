@@ -281,6 +281,10 @@ def test_kto_measures_the_gain_from_the_baseline():
     assert moved.rewards.item() == pytest.approx(100 * 0.03, abs=1e-12)
 
 
+def test_before_the_first_step_nothing_is_gained():
+    assert ImageErrors.__dataclass_fields__["baseline"].default == 0
+
+
 def test_kto_takes_a_falling_baseline_for_none():
     falling, none = (KTO(beta=200).over_images(of_gain(0.01, 0.0, z)).loss for z in (-0.02, 0.0))
     assert torch.equal(falling, none)

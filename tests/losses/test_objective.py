@@ -123,6 +123,8 @@ def test_only_desirable_images_are_anchored(name: str):
     added = regularized(KTO(), errors, **{name: 1.0})
     assert (added[0::2] > 0).sum() > 5
     assert not added[1::2].any()
+    tie = replace(make_errors(2), labels=torch.full((6, 2), 0.5, dtype=torch.float64))
+    assert not regularized(DPO(), tie, **{name: 1.0}).any(), "of a tie nobody knows which image is desirable"
 
 
 @pytest.mark.parametrize("name", ["sft", "chosen_hinge", "drift"])
