@@ -99,10 +99,11 @@ def test_all_that_belongs_to_an_example_stays_with_it(num_images: int):
 
 
 def test_without_masks_and_scores_there_are_none():
-    examples = [Example("a", ((1, 0), (1, 1)), (1.0, 0.0))]
+    examples = [Example("a", ((1, 0), (1, 1)), (1, 0), weight=2)]  # whole numbers, which are no reason for integers
     random = draw_randomness(0, [Visit(1, 0)], ["a"], SHAPES[1], prompt_dropout=0, random_flip=False)
     batch = gather(examples, random, torch.tensor([7]), KnownCache(2, masked=False), KnownModel())  # type: ignore[arg-type]
     assert batch.masks is batch.scores is batch.reference is None
+    assert batch.labels.dtype == batch.weights.dtype == torch.float32
 
 
 def test_a_visit_is_drawn_by_the_runs_seed_and_its_examples_key():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion_dpo.config import ConfigError
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.training import reference
 from diffusion_dpo.training.batches import Reader
@@ -90,7 +91,7 @@ def test_what_is_known_is_not_asked_again_by_longer_and_shorter_runs(tmp_path: P
 
     assert [asked(2), asked(2)] == [8, 0]
     assert asked(3) == 12 - 6  # the two files that were full are as they were
-    assert [asked(2), asked(1, num_draws=1)] == [0, 0]  # though the files have more than these need
+    assert [asked(2), asked(1), asked(3, num_draws=1)] == [0, 0, 0]  # though the files have more than these need
     (folder,) = tmp_path.iterdir()
     (folder / "errors-00001.safetensors").unlink()
     assert asked(3) == 3
@@ -116,6 +117,19 @@ def test_every_missing_file_is_made_by_one_process_and_read_by_all(tmp_path: Pat
     np.testing.assert_array_equal(cached.table, alone.table)
     assert [it.model.asked for it in (first, second)] == [2 * 9, 2 * 7]  # type: ignore[attr-defined]
     assert found == [[], []]  # what the main process found; the other does not look
+
+
+def test_it_is_said_what_is_computed_and_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    reference.build(tmp_path, reader_of(2, num_shapes=1), {"seed": 0})
+    said = capsys.readouterr().out
+    assert "reference: its errors on 8 draws, 2 an example at most, are computed into" in " ".join(said.split())
+    reference.build(tmp_path, reader_of(2, num_shapes=1), {"seed": 0})
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(reference, "_make", lambda path, cells, reader, advance: path.write_bytes(b"nothing"))
+    with pytest.raises(ConfigError, match="was just written and cannot be read; run the same command again"):
+        reference.build(tmp_path, reader_of(2, num_shapes=1), {"seed": 1})
 
 
 def test_other_facts_have_a_folder_of_their_own(tmp_path: Path):
