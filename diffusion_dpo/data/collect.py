@@ -23,13 +23,14 @@ from PIL import Image
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.images import BrokenImage, decode_rgb, middle_square, pixel_hash
+from diffusion_dpo.data.images import A_PATH, BrokenImage, decode_rgb, middle_square, pixel_hash
 from diffusion_dpo.data.index import Collected, PairRecord, find_index, open_index, pairs_batch, write_index
 
 _ITEMS_AT_ONCE = 64
 _ROWS_PER_BATCH = 4096
 _MAX_THREADS = 8
 _NAMES_SHOWN = 3
+_PATHS = "; `save_to_disk` and `push_to_hub` of `datasets` put the files inside, `to_parquet` leaves their paths"
 BOTH_DIRECTIONS = "labelled in both directions"
 AGAIN = "the same pair again"
 SAME_IMAGE = "chosen and rejected are the same image"
@@ -145,7 +146,8 @@ def describe_drops(dropped: Iterable[Dropped]) -> Iterator[str]:
         places[drop.reason].append(drop.where)
     for reason, where in sorted(places.items(), key=lambda item: -len(item[1])):
         more = ", ..." if len(where) > _NAMES_SHOWN else ""
-        yield f"  {len(where)} x {reason} ({', '.join(where[:_NAMES_SHOWN])}{more})"
+        hint = _PATHS if reason.endswith(A_PATH) else ""
+        yield f"  {len(where)} x {reason} ({', '.join(where[:_NAMES_SHOWN])}{more}){hint}"
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from diffusion_dpo.data import Dropped, PreferencePair
@@ -41,6 +42,7 @@ class HPDv3Data(RecordData):
     def _read_row(self, record: Record) -> PreferencePair | Dropped:
         where, entry = record.where, record.values
         confidence: Any = entry.get("confidence")
+        confidence = float(confidence) if isinstance(confidence, Decimal) else confidence
         if confidence is not None and not is_number(confidence):
             return Dropped(where, "the confidence is not a number")
         if self.soft_labels and (confidence is None or not 0.5 <= confidence <= 1):

@@ -32,7 +32,7 @@ _BASE64_HEADS = (
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _LONGEST_PATH = 4096
 _LONGEST_HEAD = 64
-_PATH = "a path instead of image bytes"
+A_PATH = "a path instead of image bytes"
 
 # What Pillow's decoders raise on damaged files, the last six on damaged metadata; RuntimeError is AVIF's.
 DECODING_ERRORS = (
@@ -80,7 +80,7 @@ def image_bytes(value: Any) -> bytes:
     if isinstance(data, str) and data:
         raise BrokenImage(_explain_text(data))
     if isinstance(value, Mapping) and value.get("path"):
-        raise BrokenImage(_PATH)
+        raise BrokenImage(A_PATH)
     if isinstance(data, list | tuple) and data:
         raise BrokenImage("a list instead of one image")
     is_nan = isinstance(data, float) and data != data  # pandas writes it for what is missing
@@ -118,7 +118,7 @@ def _explain_text(text: str) -> str:
         return "a URL instead of image bytes"
     if len(text) > _LONGEST_PATH or text.startswith("data:"):
         return "text instead of image bytes, and no base64 of an image"
-    return _PATH
+    return A_PATH
 
 
 def middle_square(size_px: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -9,7 +9,7 @@ from diffusion_dpo.data import Dropped, PreferencePair
 from diffusion_dpo.data.columns import spelled_rows
 from diffusion_dpo.data.holding import Holding
 from diffusion_dpo.data.pairs import labelled_by
-from diffusion_dpo.data.rows import Ties, make_labelled_pair, pair_id
+from diffusion_dpo.data.rows import Ties, make_labelled_pair, number, pair_id
 from diffusion_dpo.data.splits import FileData
 
 _REQUIRED = ("prompt", "jpg_0", "jpg_1", "label_0")
@@ -90,5 +90,5 @@ def pickapic_row(pair: PreferencePair, *, seed: int, soft_labels: bool, num_pair
 
 
 def _complement(label: Any, other: Any) -> bool:
-    numbers = isinstance(label, int | float) and isinstance(other, int | float)
-    return numbers and abs(label + other - 1) <= 1e-6
+    first, second = (float(it) if isinstance(it, bool) else number(it) for it in (label, other))
+    return first is not None and second is not None and abs(first + second - 1) <= 1e-6

@@ -18,7 +18,7 @@ _TURNING = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 def suffix_of(data: bytes) -> str:
     """Return jpg, png or webp of an image that any program shows as it is meant; "" of one to be written anew.
 
-    Those are images that are turned by their EXIF tag, which `datasets` and most loaders ignore, transparent ones,
+    Those are images that are turned by their EXIF tag, which many loaders ignore, transparent ones,
     whose hidden colours would come to light, those of more than 8 bits, and other file formats.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:

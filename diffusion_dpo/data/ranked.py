@@ -7,6 +7,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any, ClassVar, Literal
 
 from diffusion_dpo.data import Dropped, PreferencePair
@@ -128,7 +129,7 @@ def _each_image(record: Record) -> Iterator[Record]:
     if ranks is record.values.get(_PREFERENCE):
         ranks = [_turned(it) for it in ranks] if isinstance(ranks, list) else _turned(ranks)
     if not isinstance(ranks, list):
-        yield replace(record, values=record.values | {"rank": ranks})
+        yield replace(record, values=record.values | {"rank": _plain(ranks)})
         return
     key = next((key for key in _IMAGES if isinstance(record.values.get(key), list)), "images")
     images = record.values.get(key, [None] * len(ranks))
@@ -137,7 +138,11 @@ def _each_image(record: Record) -> Iterator[Record]:
         return
     group = {"prompt": record.values["prompt"], "prompt_id": f"{record.file} {record.where}"}
     for number, (rank, image) in enumerate(zip(ranks, images, strict=True)):
-        yield Record(f"{record.where} image {number}", record.file, group | {"rank": rank, key: image})
+        yield Record(f"{record.where} image {number}", record.file, group | {"rank": _plain(rank), key: image})
+
+
+def _plain(rank: Any) -> Any:
+    return float(rank) if isinstance(rank, Decimal) else rank
 
 
 def _turned(preference: Any) -> Any:

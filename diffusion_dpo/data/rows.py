@@ -142,14 +142,15 @@ def make_labelled_pair(
     source: str,
     models: tuple[Any, Any] = (None, None),
 ) -> PreferencePair | Dropped:
-    """Return the pair of a row with two images and `label`, the probability in [0, 1] that the first is better.
+    """Return the pair of a row with two images and `label`, the probability in [0, 1] that the first is better; true
+    and false are 1 and 0.
 
     A tie is dropped, or kept as a pair with `label_prob` 0.5. The origins keep which image was the first (`position`
     0) and which the second (1), and the models where they are known.
     """
     if isinstance(label, Unusable):
         return Dropped(where, str(label))
-    share = number(label) if not isinstance(label, str) else None
+    share = float(label) if isinstance(label, bool) else number(label)
     if share is None:
         missing = label is None or (isinstance(label, float) and label != label)
         return Dropped(where, "no label" if missing else "the label is not a number")

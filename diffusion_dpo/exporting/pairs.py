@@ -176,4 +176,4 @@ def _how_to_read(config: ExportConfig, files: list[Path]) -> str:
     if config.format == "pickapic":
         return f'datasets.load_dataset("{config.output_dir}", split="train")'
     names = f"{config.output_dir}/pairs-{{{0:06d}..{len(files) - 1:06d}}}.tar"
-    return f'webdataset.WebDataset("{names}")'
+    return f'webdataset.WebDataset("{names}"), or datasets.load_dataset("{config.output_dir}", split="train")'

@@ -74,10 +74,10 @@ def test_pickapic_labels_are_strict(tmp_path, label, why):
     assert (reason(item), item.broken) == (why, True)
 
 
-@pytest.mark.parametrize("label", ["1", True])
-def test_pickapic_labels_are_numbers(tmp_path, label):
+@pytest.mark.parametrize(("label", "chosen"), [("1", A), ("0", B), (True, A), (False, B), ("left", None)])
+def test_pickapic_labels_are_numbers_or_stand_for_them(tmp_path, label, chosen):
     [item] = PickapicData(path=pickapic(tmp_path / "a.parquet", ("x", A, B, label))).read()
-    assert reason(item) == "the label is not a number"
+    assert reason(item) == "the label is not a number" if chosen is None else item.chosen == chosen
 
 
 def test_pickapic_keeps_which_image_was_where_and_of_which_model(tmp_path):
