@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from diffusion_dpo.console import say
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.scorers.clip_weights import (
     HUB,
     LOCAL,
-    check_architecture,
+    find_network,
     is_self_contained,
     locate,
-    preprocessing,
 )
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings, embed_once
 from diffusion_dpo.scorers.lineage import clip_backbone
@@ -46,6 +46,9 @@ class ClipScorer(Scorer):
     or the name of an open_clip architecture together with `pretrained`."""
     pretrained: str | None = None
     """Weights for an architecture name: an open_clip tag such as laion2b_s34b_b79k, or a weights file."""
+    pretrained_tag: str | None = None
+    """For weights from a file: the open_clip tag that they are of, or were fine-tuned from. It says the activation and
+    the preprocessing, which a file does not; null will do where all tags of the architecture have the same."""
     revision: str | None = None
     """Branch, tag or commit of an hf-hub: model; null takes the newest and says which it is."""
     name: str = Field("", pattern=r"^[a-z0-9_]*$")
@@ -62,6 +65,8 @@ class ClipScorer(Scorer):
                 f"model={self.model} is an architecture without weights: set pretrained to an open_clip tag or a "
                 "file, or model to pocket, local-dir:/path or hf-hub:org/name"
             )
+        if self.pretrained_tag is not None and self.pretrained is None:
+            raise ValueError("pretrained_tag is about the file that pretrained names; set both")
         if self.revision is not None and not self.model.startswith(HUB):
             raise ValueError(f"revision pins what is on the hub, and model={self.model} is not hf-hub:org/name")
         return self
@@ -75,25 +80,31 @@ class ClipScorer(Scorer):
     @property
     def lineage(self) -> frozenset[str]:
         """Its own weights: of one architecture, one training."""
-        return frozenset({clip_backbone(self.model, self.pretrained)})
+        return frozenset({clip_backbone(self.model, self.pretrained_tag or self.pretrained)})
 
     def fingerprint(self) -> str:
         """Hash the version of the code, the architecture, its preprocessing and the bytes of its files."""
         decides = [str(VERSION), version("open_clip_torch"), self.compares]
         decides += [content_hash(self._files())]
         if self.pretrained is not None:
-            decides += [self.model, preprocessing(self.model, self.pretrained)]
+            decides += [self.model, str(self.pretrained_tag)]
+            if not Path(self.pretrained).is_file():  # a file's kind follows from these, and needs no open_clip
+                decides.append(str(find_network(self.type, self.model, self.pretrained, None)))
         return f"clip-{VERSION}-{hashlib.sha256(' '.join(decides).encode()).hexdigest()[:16]}"
 
     def load(self, device: "torch.device") -> None:
         """Load model, preprocessing and tokenizer in float32; raises ConfigError rather than score without weights."""
         files = self._files()
-        if is_self_contained(self.model):
-            name = f"{LOCAL}{files[0].parent}"
-        else:
-            check_architecture(self.model)
-            name = self.model
-        self._clip = load_open_clip(self.type, name, self.pretrained, device)
+        if self.pretrained is None:
+            self._clip = load_open_clip(self.type, f"{LOCAL}{files[0].parent}", None, device)
+            return
+        network = find_network(self.type, self.model, self.pretrained, self.pretrained_tag)
+        if network.architecture != self.model:
+            say(f"scorer {self.type}: {self.pretrained} is of {network.architecture}, which is taken")
+        # the file: of the right architecture the tag might not be known
+        self._clip = load_open_clip(
+            self.type, network.architecture, str(files[0]), device, preprocessing=network.preprocessing
+        )
 
     def _files(self) -> list[Path]:
         return locate(self.type, self.model, self.pretrained, self.revision)

@@ -1,10 +1,13 @@
 """Where the files of a CLIP are: in the package, in a folder, on the hub, behind an open_clip tag; or who has them."""
 
 import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.console import say
+from diffusion_dpo.console import say, warn
 from diffusion_dpo.scorers.weights import Weights, files_of, revision_of
 
 POCKET_DIR = Path(__file__).parents[1] / "pocket" / "weights" / "clip"
@@ -74,16 +77,73 @@ def check_architecture(name: str) -> None:
         raise ConfigError(f"open_clip has no architecture {name!r}. Did you mean {near[0]!r}?")
 
 
-def preprocessing(architecture: str, pretrained: str) -> str:
-    """Say how open_clip prepares images for the weights of a tag; the same for every file that is given by its path.
+@dataclass(frozen=True)
+class Network:
+    """What weights under the name of an architecture need to be computed as they were trained."""
 
-    A file needs no open_clip for it, so that a rerun, which only asks for fingerprints, is quick.
+    architecture: str
+    """Of open_clip, with the activation that the weights were trained with."""
+    preprocessing: Mapping[str, Any]
+    """`mean`, `std`, `interpolation` and `resize_mode`; what is not there is as the architecture has it."""
+
+
+_QUICK = "-quickgelu"
+_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+
+
+def find_network(scorer: str, architecture: str, pretrained: str, tag: str | None) -> Network:
+    """Return the network that weights are of: those of an open_clip tag, or of a file, which does not say so itself.
+
+    The same weights load under a name with and without -quickgelu, and compute something else. A file is therefore of
+    the `tag` that is named for it, or of the only kind that the tags of its architecture have. Raises ConfigError,
+    with the tags to choose from, where they differ.
     """
-    if Path(pretrained).is_file():
-        return "{}"
     import open_clip
 
-    return str(open_clip.get_pretrained_cfg(architecture, pretrained))
+    check_architecture(architecture)
+    is_file = Path(pretrained).is_file()
+    named = tag if is_file else pretrained
+    if named is not None:
+        found = open_clip.get_pretrained_cfg(architecture, named)
+        if not found:
+            raise ConfigError(
+                f"scorer {scorer}: {named} is no tag of {architecture} (its tags: {_listed(architecture)})"
+            )
+        return _network(architecture, found)
+    tags = {name: open_clip.get_pretrained_cfg(architecture, name) for name in _tags(architecture)}
+    networks = {name: _network(architecture, found) for name, found in tags.items()}
+    if len({(it.architecture, str(it.preprocessing)) for it in networks.values()}) > 1:
+        raise ConfigError(
+            f"scorer {scorer}: {pretrained} does not say how weights of {architecture} are computed: its tags differ "
+            "in activation (QuickGELU: OpenAI's, MetaCLIP's and DFN's) or preprocessing. Set pretrained_tag to the "
+            f"one that the file is of, or was fine-tuned from: {_listed(architecture)}"
+        )
+    if not tags and f"{architecture}{_QUICK}" in open_clip.list_models():
+        warn(
+            f"scorer {scorer}: {pretrained} is computed without QuickGELU, which a file does not say; for weights "
+            f"that were trained with it, such as OpenAI's, set model={architecture}{_QUICK}"
+        )
+    return next(iter(networks.values()), Network(architecture, {}))
+
+
+def _network(architecture: str, tag: Mapping[str, Any]) -> Network:
+    """Return the network of a tag: its own activation, where open_clip has the architecture with both."""
+    import open_clip
+
+    plain = architecture.removesuffix(_QUICK)
+    right = f"{plain}{_QUICK}" if tag.get("quick_gelu") else plain
+    known = {key: tag[key] for key in _PREPROCESSING if tag.get(key) is not None}
+    return Network(right if right in open_clip.list_models() else architecture, known)
+
+
+def _tags(architecture: str) -> list[str]:
+    import open_clip
+
+    return list(open_clip.list_pretrained_tags_by_model(architecture))
+
+
+def _listed(architecture: str) -> str:
+    return ", ".join(_tags(architecture)) or "none"
 
 
 def _pretrained_file(scorer: str, architecture: str, pretrained: str) -> Path:
@@ -96,20 +156,19 @@ def _pretrained_file(scorer: str, architecture: str, pretrained: str) -> Path:
     check_architecture(architecture)
     tag = open_clip.get_pretrained_cfg(architecture, pretrained)
     if not tag:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
         raise ConfigError(
             f"scorer {scorer}: pretrained={pretrained} is neither a file nor a tag of {architecture} "
-            f"(its tags: {tags})"
+            f"(its tags: {_listed(architecture)})"
         )
+    repository = "/".join(str(tag.get("hf_hub") or "").strip("/").split("/")[:2])
     try:
         file = Path(download_pretrained(tag))
     except (OSError, RuntimeError, ValueError) as error:
-        page = f"https://huggingface.co/{tag['hf_hub'].strip('/')}" if tag.get("hf_hub") else tag.get("url")
+        page = f"https://huggingface.co/{repository}" if repository else tag.get("url")
         raise ConfigError(
-            f"scorer {scorer}: cannot download the weights {pretrained} of {architecture}; get them from {page} and "
-            "set pretrained to the file"
+            f"scorer {scorer}: cannot download the weights {pretrained} of {architecture}; get them from {page}, and "
+            f"set pretrained to the file and pretrained_tag={pretrained}"
         ) from error
-    if tag.get("hf_hub"):
-        repository = str(Path(tag["hf_hub"]).parent if Path(tag["hf_hub"]).suffix else tag["hf_hub"]).strip("/")
+    if repository:
         say(f"scorer {scorer}: the tag {pretrained} is not pinned; now {repository} at revision={revision_of(file)}")
     return file

@@ -1,8 +1,8 @@
 """A CLIP of open_clip, loaded: what turns images and prompts into vectors of length 1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.scorers.embeddings import PromptEmbeddings
@@ -48,19 +48,28 @@ def load_open_clip(
     device: "torch.device",
     *,
     resize_mode: Literal["shortest", "longest", "squash"] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
 ) -> OpenClip:
     """Load a model by open_clip's name for it; raises ConfigError rather than go on with random weights.
 
-    `resize_mode` None takes the model's own.
+    `resize_mode` and, of `preprocessing`, `mean`, `std`, `interpolation` and `resize_mode` take the place of the
+    model's own, which are lost where the weights come from a file.
     """
     from pickle import UnpicklingError
 
     import open_clip
     from safetensors import SafetensorError
 
+    own = preprocessing or {}
     try:
         model, preprocess = open_clip.create_model_from_pretrained(
-            name, pretrained, device=device, image_resize_mode=resize_mode
+            name,
+            pretrained,
+            device=device,
+            image_mean=own.get("mean"),
+            image_std=own.get("std"),
+            image_interpolation=own.get("interpolation"),
+            image_resize_mode=resize_mode or own.get("resize_mode"),
         )
         tokenizer = open_clip.get_tokenizer(name)
     except (

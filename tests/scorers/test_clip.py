@@ -1,5 +1,6 @@
 """CLIP through the real open_clip, with a tiny model in a folder."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from diffusion_dpo.scorers import ScoreRequest
 from diffusion_dpo.scorers.clip import Clip, ClipScorer
 from diffusion_dpo.scorers.clip_diversity import ClipDiversity
 from diffusion_dpo.scorers.clip_image import ClipImage
+from diffusion_dpo.scorers.clip_weights import find_network, locate
 from diffusion_dpo.scorers.judge import judge
 from diffusion_dpo.scorers.weights import files_of
 from tests.scorers.tiny_hub import COMMIT, put_on_hub
@@ -264,3 +266,102 @@ def test_the_fingerprint_of_files_needs_no_heavy_library(clip_dir: Path) -> None
         "print({'open_clip', 'torch', 'transformers'} & sys.modules.keys())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+OPENAI, HALF = [0.48145466, 0.4578275, 0.40821073], [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "expected", "mean", "resize"),
+    [
+        ("ViT-B-32", "openai", "ViT-B-32-quickgelu", OPENAI, "shortest"),
+        ("ViT-B-32", "laion2b_s34b_b79k", "ViT-B-32", OPENAI, "shortest"),
+        ("ViT-B-32-quickgelu", None, "ViT-B-32-quickgelu", OPENAI, "shortest"),
+        ("ViT-L-14", "laion2b_s32b_b82k", "ViT-L-14", HALF, "shortest"),
+        ("ViT-H-14", "dfn5b", "ViT-H-14-quickgelu", OPENAI, "squash"),
+        ("ViT-B-16-SigLIP", None, "ViT-B-16-SigLIP", HALF, "squash"),
+    ],
+)
+def test_weights_from_a_file_are_computed_as_those_of_their_tag(
+    architecture: str, tag: str | None, expected: str, mean: list[float], resize: str, clip_dir: Path
+) -> None:
+    file = str(clip_dir / "open_clip_model.safetensors")
+    found = [find_network("clip", architecture, file, tag)]
+    if tag is not None:
+        found.append(find_network("clip", architecture, tag, None))
+    for network in found:
+        assert network.architecture == expected
+        assert list(network.preprocessing["mean"]) == mean and network.preprocessing["resize_mode"] == resize
+
+
+@pytest.mark.parametrize("architecture", ["ViT-B-32", "ViT-L-14", "ViT-H-14-quickgelu"])
+def test_a_file_that_may_be_of_several_networks_needs_its_tag(architecture: str, clip_dir: Path) -> None:
+    scorer = Clip(type="clip", model=architecture, pretrained=str(clip_dir / "open_clip_model.safetensors"))
+    with pytest.raises(ConfigError, match=r"Set pretrained_tag to the one that the file is of.*dfn|openai") as caught:
+        scorer.load(CPU)
+    assert "\n" not in str(caught.value)
+    wrong = scorer.model_copy(update={"pretrained_tag": "nonsense"})
+    with pytest.raises(ConfigError, match="nonsense is no tag of"):
+        wrong.load(CPU)
+
+
+@pytest.fixture
+def tiny_architectures(clip_dir: Path, tmp_path: Path) -> None:
+    """The tiny CLIP as two architectures of open_clip, of which the second has QuickGELU."""
+    import open_clip
+
+    config = json.loads((clip_dir / "open_clip_config.json").read_text())["model_cfg"]
+    config["text_cfg"]["hf_tokenizer_name"] = str(clip_dir)
+    for name, extra in (("tiny-test", {}), ("tiny-test-quickgelu", {"quick_gelu": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | extra))
+    open_clip.add_model_config(tmp_path)
+
+
+@pytest.mark.usefixtures("tiny_architectures")
+def test_the_tag_of_a_file_decides_activation_and_preprocessing(
+    clip_dir: Path,
+    images: list[Image.Image],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import open_clip
+
+    file = str(clip_dir / "open_clip_model.safetensors")
+
+    def score(model: str, **settings: str) -> float:
+        scorer = Clip(type="clip", model=model, pretrained=file, **settings)
+        scorer.load(CPU)
+        return float(judge(scorer, [ScoreRequest(images[0], "red")], batch_size=1).values["clip_text"][0])
+
+    plain, quick = score("tiny-test"), score("tiny-test-quickgelu")
+    assert plain != pytest.approx(quick, abs=1e-5)
+    assert "without QuickGELU, which a file does not say" in " ".join(capsys.readouterr().err.split())
+    kinds = {"fast": {"quick_gelu": True, "mean": (0.1,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}, "plain": {}}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: list(kinds))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda _, tag: kinds.get(tag, {}) | {"url": tag})
+    model, preprocess = open_clip.create_model_from_pretrained(
+        "tiny-test",
+        file,
+        force_quick_gelu=True,
+        image_mean=(0.1,) * 3,
+        image_std=(0.5,) * 3,
+        image_resize_mode="squash",
+    )
+    with torch.no_grad():
+        pixels = model.eval().encode_image(preprocess(images[0])[None], normalize=True)
+        words = model.encode_text(open_clip.get_tokenizer("tiny-test")(["red"]), normalize=True)
+    assert score("tiny-test", pretrained_tag="fast") == pytest.approx(float((pixels * words).sum()), abs=1e-6)
+    with pytest.raises(ConfigError, match=r"set pretrained_tag|Set pretrained_tag to the one.*fast, plain"):
+        score("tiny-test")
+
+
+def test_what_is_pinned_is_named_by_its_repository(
+    clip_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A repository's name may have a dot, as those of timm have; a file may be named behind it."""
+    import open_clip.pretrained
+
+    file = clip_dir / "open_clip_model.safetensors"
+    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", lambda _: str(file))
+    locate("clip", "ViT-B-32-quickgelu", "openai", None)
+    assert "now timm/vit_base_patch32_clip_224.openai at revision" in capsys.readouterr().out
