@@ -9,6 +9,7 @@ browser whose idle connection was closed opens another one, and nobody notices.
 import asyncio
 import functools
 import resource
+import socket
 from typing import Any, ClassVar
 
 import uvicorn
@@ -20,8 +21,12 @@ HEADER_SECONDS = 10.0
 REQUEST_SECONDS = 120.0
 """From there to the last byte of the answer: an image over a slow line takes a while."""
 _MOST_CONNECTIONS = 512
-_OTHER_FILES = 64
-"""What else is open: the log, the images that are being read, and the program's own."""
+_ACCEPTED_AT_ONCE = 32
+"""asyncio accepts as many in one turn of its loop as the backlog is long, before a protocol hears of the first."""
+_OTHER_FILES = 64 + 4 * _ACCEPTED_AT_ONCE
+"""What else is open: the log, images that are being read, the program's own, and connections that come or go."""
+_MOST_WAITING = 2048
+"""Connections that the system keeps until they are accepted; one more has to knock again, a second later."""
 
 
 def make_server(app: ASGIApp) -> uvicorn.Server:
@@ -32,11 +37,19 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
         http=LimitedProtocol,
         ws="none",
         lifespan="off",
+        backlog=_ACCEPTED_AT_ONCE,
         log_level="error",
         server_header=False,
         timeout_graceful_shutdown=2,
     )
-    return uvicorn.Server(settings)
+    return _Server(settings)
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_MOST_WAITING)  # asyncio takes its setting for both, and has listened already
 
 
 @functools.cache

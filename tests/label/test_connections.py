@@ -204,7 +204,7 @@ def test_whoever_leaves_in_the_middle_is_no_error(port: int) -> None:
 
 @pytest.mark.parametrize(
     "soft,hard,raised,most",
-    [(256, 4096, 576, 512), (1024, 4096, None, 512), (256, 300, 300, 236), (256, -1, 576, 512), (-1, -1, None, 512)],
+    [(256, 4096, 704, 512), (1024, 4096, None, 512), (256, 300, 300, 108), (256, -1, 704, 512), (-1, -1, None, 512)],
 )
 def test_the_limit_on_open_files_is_raised_as_far_as_it_goes(
     monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, raised: int | None, most: int
