@@ -2,12 +2,13 @@
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,17 @@ def write_json(path: Path, data: Any) -> None:
     """Write indented JSON, whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files of a folder, by name; "" for one that is not there."""
+    found = {}
+    for name in names:
+        found[name] = ""
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -169,7 +169,9 @@ def _make(
     """Write one folder of pairs, and return how many it has."""
     num_pairs = sum(len(pairs) for pairs in plan.values())
     with claim(folder, "pair", identity) as before:
-        if before.get("complete"):
+        num_shards = -(-int(before.get("num_pairs", 0)) // _PAIRS_PER_SHARD)
+        shards = [folder / f"pairs-{number:05d}.parquet" for number in range(num_shards)]
+        if before.get("complete") and all(shard.exists() for shard in shards):
             say(f"pair: all {count(int(before['num_pairs']), 'pairs')} are there already in {folder}")
             return int(before["num_pairs"])
         written = 0

@@ -101,6 +101,9 @@ def test_a_rerun_changes_nothing_and_says_so(candidates: Path, capsys: pytest.Ca
     _pair(candidates)
     assert "all 2 pairs are there already" in capsys.readouterr().out
     assert {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+    (folder / "pairs-00000.parquet").unlink()
+    _pair(candidates)
+    assert (folder / "pairs-00000.parquet").read_bytes() == before["pairs-00000.parquet"][1]
 
 
 def test_a_folder_of_other_pairs_is_left_alone(candidates: Path) -> None:

@@ -22,7 +22,7 @@ from diffusion_dpo.exporting.merged import write_merged
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
 from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
-from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder
+from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder, hashes_of
 from diffusion_dpo.models.adapters import AdapterKind, quiet, replace_unet
 from diffusion_dpo.models.base import read_base
 from diffusion_dpo.models.checkpoint_file import find_checkpoint, header_settings, write_settings
@@ -80,8 +80,8 @@ def export_adapter(config: ExportConfig) -> Path:
     identity = _identity(config, base)
     is_new = not config.output_dir.exists()
     with claim(config.output_dir, "export", identity) as before:
-        files = [config.output_dir / file for file in before.get("files", ())]
-        if before.get("complete") and files and all(file.exists() for file in files):
+        there = hashes_of(config.output_dir, before.get("files", ()))
+        if before.get("complete") and there and all(there.values()) and before.get("sha256", there) == there:
             name = before["name"]
             say(f"export: {config.output_dir} holds this already, verified")
         else:
@@ -89,6 +89,7 @@ def export_adapter(config: ExportConfig) -> Path:
                 facts = _make(config, kind, where, base, name)
                 adapter = adapter_hash(config.adapter_path)
                 facts |= ancestry.of_model(base.pretrained, config.adapter_path).facts()
+                facts["sha256"] = hashes_of(config.output_dir, facts["files"])
                 finish(config.output_dir, "export", identity, name=name, adapter=adapter, **facts)
     _say_how_to_use(config, base, name)
     return config.output_dir

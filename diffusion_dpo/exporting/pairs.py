@@ -47,7 +47,7 @@ def export_pairs(config: ExportConfig) -> Path:
     decisive = {"format", "shard_size"} | ({"soft_labels", "seed"} if config.format == "pickapic" else set())
     identity = config.model_dump(mode="json", include=decisive) | {"pairs": found.fingerprint, "layout": _LAYOUT}
     with claim(config.output_dir, "export", identity) as before:
-        if before.get("complete"):
+        if before.get("complete") and all(file.exists() for file in files):
             say(f"export: all {num_pairs} pairs are there already")
         else:
             _write(config, found, files, num_pairs, forms)

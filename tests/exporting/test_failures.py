@@ -167,8 +167,11 @@ def test_a_file_that_was_moved_away_is_made_again(made: Callable[[str, str], Mad
     model, out = made("sd", "plain"), tmp_path / "out"
     run(model, out, "format=kohya")
     before = (out / "sd-plain.safetensors").rename(tmp_path / "mine.safetensors").read_bytes()
-    run(model, out, "format=kohya")
-    assert (out / "sd-plain.safetensors").read_bytes() == before
+    for damaged in (None, before[:-1], before[:-1] + bytes([before[-1] ^ 1])):
+        if damaged is not None:
+            (out / "sd-plain.safetensors").write_bytes(damaged)
+        run(model, out, "format=kohya")
+        assert (out / "sd-plain.safetensors").read_bytes() == before
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["files"]  # as an earlier version left it
     (out / "manifest.json").write_text(json.dumps(manifest))
@@ -184,7 +187,7 @@ def test_a_rerun_finds_it_there_and_another_is_refused(
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     run(model, out, "format=kohya")
     assert "holds this already, verified" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"adapter_scale: 1\.0 then, 2\.0 now"):
+    with pytest.raises(ConfigError, match=r"adapter_scale: 1\.0 -> 2\.0"):
         run(model, out, "format=kohya", "adapter_scale=2")
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
