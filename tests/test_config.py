@@ -167,6 +167,18 @@ def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.Mo
     assert load(TrainConfig, write(tmp_path, dump(config))) == config
 
 
+PATHS = ("output_dir", "cache_dir", "data.path", "model.pretrained", "model.adapter_path")
+
+
+def test_what_is_no_path_may_be_an_address_and_a_drive_is_none() -> None:
+    [scorer] = load(
+        ScoreConfig, None, ["scorers=[{type: http, gives: [{name: a}], version: 1, url: 'http://x.org/y'}]"]
+    ).scorers
+    assert scorer.url == "http://x.org/y"
+    assert str(load(ScoreConfig, None, ["path=C:/images"]).path) == "C:/images"
+    assert load(TrainConfig, None, ["model.pretrained=owner/name"]).model.pretrained == "owner/name"
+
+
 # --- refusing --------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +206,8 @@ def test_a_tilde_is_the_home_folder_where_a_path_is_meant(monkeypatch: pytest.Mo
         ("seed", "is not a setting: write key=value"),
         ("seed=[1", "is not valid YAML"),
         ("data.type=pickapic", "data.path: is required"),
+        *((f"{key}=s3://bucket/x", f"{key}: an address such as s3:// or file:// is no path") for key in PATHS),
+        ("data.path=s3:/bucket", "data.path: an address such as s3://"),
     ],
 )
 def test_a_wrong_override_is_answered_in_one_sentence(override: str, says: str) -> None:

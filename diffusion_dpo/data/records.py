@@ -14,7 +14,7 @@ from diffusion_dpo.data.columns import respell, spelled_rows
 from diffusion_dpo.data.holding import METADATA, ROWS, Holding, look_into, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
-from diffusion_dpo.data.splits import ALL, FileData, some
+from diffusion_dpo.data.splits import ALL, FileData, counted, some
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.tables import read_csv
 
@@ -89,7 +89,7 @@ class RecordData(FileData):
         rest = [file for file in walk(self.path) if os.path.normpath(self.path / file) not in used]
         images = [str(file) for file in rest if file.suffix.lower() in IMAGE_SUFFIXES]
         rows = [str(file) for file in rest if file.stem == METADATA and file.suffix.lower() in ROWS]
-        lines += [f"{len(images)} images that no row names ({some(images)})"] if images else []
+        lines += [f"{counted(len(images), 'image')} that no row names ({some(images)})"] if images else []
         return lines + ([f"{some(rows)}: {self.files()[0].name} is read"] if rows else [])
 
     def stamp(self) -> str:

@@ -73,7 +73,7 @@ def describe(left: Mapping[str, Sequence[Path]], counts: Iterable[int], root: Pa
         return []
     rows = iter(counts)
     parts = [
-        f"{_rows(sum(next(rows) for _ in files))} of {f'the split {name}' if name else 'files that name no split'} "
+        f"{counted(sum(next(rows) for _ in files), 'row')} of {f'the split {name}' if name else 'no named split'} "
         f"({_inside(files[0], root)}{', ...' if len(files) > 1 else ''})"
         for name, files in left.items()
     ]
@@ -81,8 +81,9 @@ def describe(left: Mapping[str, Sequence[Path]], counts: Iterable[int], root: Pa
     return [f"{', '.join(parts)}; {settings} reads them"]
 
 
-def _rows(number: int) -> str:
-    return f"{number} row{'s'[: number != 1]}"
+def counted(number: int, noun: str) -> str:
+    """Return `1 row`, `2 rows`, for a message."""
+    return f"{number} {noun}{'s'[: number != 1]}"
 
 
 def some(names: Sequence[str]) -> str:

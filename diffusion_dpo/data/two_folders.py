@@ -17,7 +17,7 @@ from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
 from diffusion_dpo.data.records import read_file
 from diffusion_dpo.data.rows import make_pair
-from diffusion_dpo.data.splits import describe, select, some
+from diffusion_dpo.data.splits import counted, describe, select, some
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.text import decode_text
 
@@ -153,9 +153,9 @@ class TwoFoldersData(PairSource):
         alone = sorted(name for name in found.captions if splitext(name)[0] not in found.stems)
         counts = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in rest).most_common()
         lines = [
-            f"{len(alone)} captions without an image ({some(alone)})",
-            f"{len(images)} images that lie in neither {self.chosen_dir}/ nor {self.rejected_dir}/ ({some(images)})",
-            f"{len(rest)} files that are no images: {', '.join(f'{n} x {it}' for it, n in counts)} ({some(rest)})",
+            f"{counted(len(alone), 'caption')} without an image ({some(alone)})",
+            f"{counted(len(images), 'image')} in neither {self.chosen_dir}/ nor {self.rejected_dir}/ ({some(images)})",
+            f"{counted(len(rest), 'other file')}: {', '.join(f'{n} x {it}' for it, n in counts)} ({some(rest)})",
         ]
         rows = Counter(self._folder(place) for place in found.places)
         left = self._select(found)[1]

@@ -20,6 +20,9 @@ def test_photograph_keeps_its_pixels():
     assert np.array_equal(np.asarray(decoded), np.asarray(image))
 
 
+NOT_DECODED = ", which is not decoded here; convert it to PNG or JPEG"
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_gray_and_print_colours_become_rgb(mode):
     decoded = decode_rgb(jpeg(1, mode=mode))
@@ -109,6 +112,14 @@ def test_first_frame_of_an_animation():
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n",
             "PostScript, which is not decoded here; convert it to PNG or JPEG",
         ),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", f"HEIC{NOT_DECODED}"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", f"HEIC{NOT_DECODED}"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0", f"JPEG XL{NOT_DECODED}"),
+        (b"\xff\x0a\xfa\x1f", f"JPEG XL{NOT_DECODED}"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n\0", f"JPEG 2000{NOT_DECODED}"),
+        (b"\xff\x4f\xff\x51\0", f"JPEG 2000{NOT_DECODED}"),
+        (b"8BPS\0\1", f"a Photoshop file{NOT_DECODED}"),
+        (b"\0\0\0\x18ftypisom\0\0\2\0", f"a video{NOT_DECODED}"),
         (jpeg(0, (31, 200)), "smaller than 32 px"),
         (jpeg(0, (1, 5000)), "smaller than 32 px"),
     ],
