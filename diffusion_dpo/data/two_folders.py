@@ -10,8 +10,9 @@ from pydantic import Field, model_validator
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
+from diffusion_dpo.data.captions import CAPTION_SUFFIXES
 from diffusion_dpo.data.columns import spelling
-from diffusion_dpo.data.embedded import Embedded, read_embedded
+from diffusion_dpo.data.embedded import read_caption, read_embedded
 from diffusion_dpo.data.holding import Holding, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
@@ -22,7 +23,6 @@ from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.text import decode_text
 
 CAPTIONS = "captions.jsonl"
-CAPTION_SUFFIXES = (".txt", ".caption")
 _SIDES = ("chosen", "rejected")
 _BETTER = (
     *(
@@ -80,7 +80,8 @@ class Files(NamedTuple):
 class TwoFoldersData(PairSource):
     """`chosen/cat.png` is better than `rejected/cat.png` (or .jpg) for the caption in a `cat.txt` beside either.
 
-    Captions may also be the lines of a `captions.jsonl`: {"file_name": "cat.png", "prompt": "a cat"}.
+    Captions may also be the lines of a `captions.jsonl`: {"file_name": "cat.png", "prompt": "a cat"}. Without any, the
+    prompt that A1111, ComfyUI and others leave inside the images counts.
     """
 
     path: Path
@@ -170,8 +171,7 @@ class TwoFoldersData(PairSource):
         images = [read_inside(self.path, file, also=also) for file in (chosen, rejected)]
         faults = [f"{side}: {advise(it)}" for side, it in zip(_SIDES, images, strict=True) if isinstance(it, str)]
         if fault == _NO_CAPTION and not faults:
-            inside = {said.prompt for it in images if isinstance(it, bytes) and (said := _said(it)).prompt}
-            prompt, fault = (inside.pop(), "") if len(inside) == 1 else ("", fault)
+            prompt, fault = _inside([it for it in images if isinstance(it, bytes)])
         if fault or faults:
             return Dropped(chosen, fault or faults[0])
         return make_pair(chosen, prompt, *images, source="two_folders")
@@ -268,13 +268,23 @@ class TwoFoldersData(PairSource):
                 if isinstance(data, str):
                     return "", f"caption: {data}"
                 try:
-                    found.add(decode_text(data).strip())
+                    found.add(read_caption(decode_text(data)).prompt)
                 except UnicodeDecodeError:
                     return "", "caption: neither UTF-8 nor UTF-16 text"
         found = found - {""} or found
         if len(found) != 1:
             return "", "different captions" if found else _NO_CAPTION
         return found.pop(), ""
+
+
+def _inside(images: Sequence[bytes]) -> tuple[str, str]:
+    """Return the one prompt that a generator left inside two images, or what is wrong with it."""
+    said = [read_embedded(data) for data in images]
+    prompts = {it.prompt for it in said} - {""}
+    if len(prompts) > 1:
+        return "", "no caption, and different prompts inside the two images"
+    fault = next((f": {it.fault}" for it in said if it.fault), "")
+    return (prompts.pop(), "") if prompts else ("", f"{_NO_CAPTION}{fault}")
 
 
 def _two_sides(folders: Mapping[str, set[str]]) -> tuple[str, str] | None:
@@ -288,11 +298,3 @@ def _two_sides(folders: Mapping[str, set[str]]) -> tuple[str, str] | None:
     if len(better) != 1 or len(worse) != 1 or not folders[better[0]] & folders[worse[0]]:
         return None
     return better[0], worse[0]
-
-
-def _said(data: bytes) -> Embedded:
-    """Return what the program that drew an image wrote into it."""
-    try:
-        return read_embedded(data)
-    except (OSError, EOFError):
-        return Embedded()

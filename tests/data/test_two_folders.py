@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PreferencePair
 from diffusion_dpo.data.collect import survey
 from diffusion_dpo.data.two_folders import TwoFoldersData
+from tests.galleries import infotext, png
 from tests.photos import encode, jpeg, photo
 
 A, B = jpeg(0), jpeg(1)
@@ -77,6 +79,21 @@ def test_what_has_no_partner_or_caption_is_named(tmp_path: Path) -> None:
         Dropped("chosen/c.jpg", "several files of this name"),
         Dropped("chosen/d.jpg", "no caption"),
     ]
+
+
+def test_without_a_caption_the_prompt_inside_the_images_counts(tmp_path: Path) -> None:
+    def inside(prompt: str, shade: int) -> bytes:
+        return png({"parameters": infotext(prompt, seed=shade)}, Image.new("RGB", (40, 40), (shade, 0, 0)))
+
+    both = {"a": ("a cat", "a cat"), "b": ("a cat", ""), "c": ("a cat", "a dog"), "d": ("a cat", "a cat")}
+    for number, (name, prompts) in enumerate(both.items()):
+        chosen, rejected = (inside(prompt, 2 * number + side) for side, prompt in enumerate(prompts))
+        make(tmp_path, **{f"chosen__{name}_png": chosen, f"rejected__{name}_png": rejected})
+    make(tmp_path, chosen__d_txt=infotext("a caption"), chosen__e_png=inside("", 20), rejected__e_jpg=B)
+    a, b, c, d, e = items(TwoFoldersData(path=tmp_path))
+    assert [it.prompt for it in (a, b, d) if isinstance(it, PreferencePair)] == ["a cat", "a cat", "a caption"]
+    assert c == Dropped("chosen/c.png", "no caption, and different prompts inside the two images")
+    assert e == Dropped("chosen/e.png", "no caption: a generator wrote an empty prompt into it")
 
 
 def test_captions_of_any_kind(tmp_path: Path) -> None:
