@@ -18,13 +18,17 @@ import pytest
 from PIL import Image
 
 from diffusion_dpo import score, scoring
+from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, load
+from diffusion_dpo.data import PreferencePair
 from diffusion_dpo.data.images import decode_rgb, pixel_hash
+from diffusion_dpo.data.pairs import PairsData
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, read_rows, write_shard
 from diffusion_dpo.files import alone_in
 from diffusion_dpo.pocket.world import distinct_scenes, render
 from diffusion_dpo.scorers import Metric, Need, Scorer, ScoreRequest, Scores
 from diffusion_dpo.settings import ScoreConfig
+from tests.galleries import graph, infotext, png
 
 ME = "tests.test_score:Counting" if __name__.startswith("tests.") else f"{__name__}:Counting"
 
@@ -516,3 +520,22 @@ def test_a_candidate_without_a_uid_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "images-00000.parquet", [_row(_grey(5)[0], "p", 0) | {"uid": None}], CANDIDATES)
     with pytest.raises(ConfigError, match=r"images-00000\.parquet row 0 has no uid"):
         _score(tmp_path, _counting())
+
+
+def test_a_gallery_is_scored_and_paired_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(12):
+        image = Image.new("RGB", (40, 40), (20 * number + 10, 0, 0))
+        prompt = f"a prompt {number % 3}"
+        texts = {"parameters": infotext(prompt, seed=number)} if number % 2 else {"prompt": json.dumps(graph(prompt))}
+        name = Path("gallery") / f"{number % 2}" / f"{number}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_bytes(png(texts, image))
+    assert main(["score", "path=gallery", "scorers=[brightness]"]) == 0
+    assert main(["pair", "path=gallery", "output_dir=pairs"]) == 0
+    pairs = list(PairsData(path=Path("pairs")).read())
+    assert sorted(it.prompt for it in pairs if isinstance(it, PreferencePair)) == [f"a prompt {i}" for i in range(3)]
+    for pair in pairs:
+        assert isinstance(pair, PreferencePair)
+        models = {pair.chosen_origin["model"], pair.rejected_origin["model"]}
+        assert models == {"dreamshaper_8", "v1-5.safetensors"}, "what made them is known to inspect"

@@ -11,18 +11,19 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from diffusion_dpo.data.comfyui import Graph, UnknownNode
 from diffusion_dpo.data.image_texts import read_image_texts
 from diffusion_dpo.data.infotext import read_settings, split_infotext
 
-_HEAD_BYTES = 1 << 14
+_HEAD_BYTES = 1 << 15
 """As a rule all that a generator wrote lies in it; PNG and JPEG have it before the pixels."""
 _EMPTY = "a generator wrote an empty prompt into it"
 _JOB = re.compile(r"\s*Job ID: [0-9a-f-]{36}\s*$")
 _MIDJOURNEY_SETTINGS = re.compile(r"\s--\w.*$", re.DOTALL)
+_SEED = re.compile(r'(seed": ?)-?\d+')
 _STEPS, _CFG = "num_inference_steps", "guidance_scale"
 _INFOTEXT = {"Model": "model", "Sampler": "sampler", "Schedule type": "schedule", "Steps": _STEPS, "CFG scale": _CFG}
 _SWARM = {"model": "model", "sampler": "sampler", "comfyuisampler": "sampler", "steps": _STEPS, "cfgscale": _CFG}
@@ -68,13 +69,15 @@ def read_embedded(file: str | bytes) -> Embedded:
         if not head:
             raise EOFError("an empty file")
         texts, is_whole = read_image_texts(io.BytesIO(head))
-        if not is_whole and len(head) == _HEAD_BYTES:
+        found = read_texts(texts)
+        if not found.prompt and not is_whole and len(head) == _HEAD_BYTES:
             with open(handle, "rb", closefd=False) as stream:
                 stream.seek(0)
                 texts, _ = read_image_texts(stream)
+            found = read_texts(texts)
     finally:
         os.close(handle)
-    return read_texts(texts)
+    return found
 
 
 def read_texts(texts: Mapping[str, str]) -> Embedded:
@@ -150,16 +153,25 @@ def _comfyui(texts: Mapping[str, str]) -> Embedded | None:
         tagged = (it.partition(":")[2].lstrip() for it in texts.values() if it[:7].lower() == "prompt:")
         text = next((graph for graph in tagged if graph[:1] == "{"), "")
     if text:
-        graph = Graph(_object(text))
-        prompt = graph.prompt()
-        return Embedded(prompt, "" if prompt else _EMPTY, partial(_made_of_graph, graph))
+        prompt, fault = _prompt_of_graph(_SEED.sub(r"\g<1>0", text))
+        return Embedded(prompt, fault, partial(_made_of_graph, text))
     if "workflow" in texts or any(it[:9].lower() == "workflow:" for it in texts.values()):
         raise UnknownNode("it holds a workflow of ComfyUI without the prompt that was run")
     return None
 
 
-def _made_of_graph(graph: Graph) -> Made:
-    origin = graph.settings()
+@lru_cache(maxsize=64)
+def _prompt_of_graph(text: str) -> tuple[str, str]:
+    """Return the prompt, or why there is none; remembered, since the images of a prompt differ in the seed alone."""
+    try:
+        prompt = Graph(_object(text)).prompt()
+    except UnknownNode as error:
+        return "", str(error)
+    return prompt, "" if prompt else _EMPTY
+
+
+def _made_of_graph(text: str) -> Made:
+    origin = Graph(_object(text)).settings()
     return Made(origin, _seed(origin.pop("seed", None)))
 
 

@@ -1,7 +1,7 @@
 """Two folders, chosen/ and rejected/, with the same file names, and captions beside them: pairs sorted by hand."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from posixpath import splitext
 from typing import Any, NamedTuple, Self

@@ -1,9 +1,13 @@
 """What generators leave inside images: the prompt and the settings, of every program and in every container."""
 
+import io
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffusion_dpo.data.embedded import Embedded, read_caption, read_embedded
 from tests.galleries import graph, infotext, node, png, sampler, with_exif
@@ -60,9 +64,16 @@ def test_a_caption_is_no_infotext_because_of_a_word():
     assert read_caption("a\nSteps: of stone, wet") == Embedded("a\nSteps: of stone, wet")
 
 
+def noise(side_px: int) -> Image.Image:
+    """Return an image that does not compress."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side_px, side_px, 3), dtype=np.uint8))
+
+
 SDXL = node("CLIPTextEncodeSDXL", text_g="a glass bottle", text_l=" a glass bottle", width=8, clip=["4", 1])
 GRAPHS: dict[str, dict[str, Any]] = {
     "plain": graph(),
+    "no number": graph()
+    | {"4": node("CheckpointLoaderSimple", ckpt_name="v1-5.safetensors") | {"is_changed": [float("nan")]}},
     "SDXL": graph(**{"6": SDXL}),
     "linked text": graph(["20", 0], **{"20": node("PrimitiveStringMultiline", value="a glass bottle")}),
     "joined text": graph(
@@ -141,6 +152,38 @@ def test_a_graph_that_does_not_say_the_prompt_is_named_and_nothing_is_guessed(no
     found = read_embedded(png({"prompt": json.dumps(nodes)}))
     assert found.prompt == ""
     assert message in found.fault
+
+
+def test_the_seed_of_an_image_is_its_own(tmp_path: Path):
+    """Graphs that differ in the seed alone are followed once; nothing else of them may be shared."""
+    for seed in (5, 6):
+        (tmp_path / f"{seed}.png").write_bytes(
+            png({"prompt": json.dumps(graph("a fox", **{"3": sampler(positive="6", seed=seed)}))})
+        )
+    assert [read_embedded(str(tmp_path / f"{seed}.png")).tell().seed for seed in (5, 6)] == [5, 6]
+    other = graph("a dog", **{"3": sampler(positive="6", seed=5)})
+    assert read_embedded(png({"prompt": json.dumps(other)})).prompt == "a dog"
+
+
+@pytest.mark.parametrize("size", [10, 40_000])
+def test_what_is_behind_a_large_text_or_the_pixels_is_found(tmp_path: Path, size: int):
+    file = tmp_path / "a.png"
+    file.write_bytes(png({"workflow": "x" * size, "parameters": infotext("a fox")}, noise(160)))
+    assert read_embedded(str(file)).prompt == "a fox"
+    data = png({"parameters": infotext("a fox")}, noise(160))
+    start, end = data.index(b"tEXt") - 4, data.index(b"IDAT") - 4
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert Image.open(io.BytesIO(moved)).info == {}, "which Pillow reads once it has decoded the pixels"
+    file.write_bytes(moved)
+    assert read_embedded(str(file)).prompt == read_embedded(moved).prompt == "a fox"
+
+
+def test_the_prompt_is_read_without_the_pixels():
+    data = png({"parameters": infotext("a fox")}, noise(160))
+    cut = data[: data.index(b"IDAT") + 40]
+    with pytest.raises(OSError, match="truncated"):
+        _ = Image.open(io.BytesIO(cut)).text
+    assert read_embedded(cut).prompt == "a fox"
 
 
 def test_a_node_that_passes_both_prompts_on_says_which_is_which():
