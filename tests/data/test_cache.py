@@ -241,7 +241,7 @@ def file_of(root: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("file", "what"), [("pairs-00001.safetensors", "pair "), ("prompts-00000.safetensors", "prompt ")]
+    ("file", "what"), [("pairs-00001.safetensors", "pair "), ("prompts-00000.safetensors", "prompt 'prompt 2'")]
 )
 def test_changed_bytes_are_named_when_they_are_read_and_encoded_again_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, what: str
