@@ -1,5 +1,6 @@
 """Connections that are held: that send nothing, half a request, too much, or do not read. All are of this machine."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -7,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -140,6 +142,33 @@ def test_the_one_that_has_waited_longest_goes_first(port: int) -> None:
         finally:
             for connection in others:
                 connection.close()
+
+
+def test_many_who_come_at_once_are_taken_a_few_at_a_time(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a protocol hears of the first, a whole backlog is accepted: that many files are open meanwhile."""
+    real, unheard, most_unheard = socket.socket.accept, [0], [0]
+    made = LimitedProtocol.connection_made
+
+    def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+        found = real(listener)
+        unheard[0] += 1
+        most_unheard[0] = max(most_unheard[0], unheard[0])
+        time.sleep(0.001)  # the others come meanwhile
+        return found
+
+    def connection_made(self: LimitedProtocol, transport: asyncio.Transport) -> None:
+        unheard[0] -= 1
+        made(self, transport)
+
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    monkeypatch.setattr(LimitedProtocol, "connection_made", connection_made)
+    held = [connect(port) for _ in range(400)]
+    try:
+        assert ask(port) < 10
+        assert most_unheard[0] <= 4 * connections._ACCEPTED_AT_ONCE
+    finally:
+        for connection in held:
+            connection.close()
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /next HTTP/1.1\r\nHost: x\r\n"])
