@@ -84,7 +84,7 @@ def run(config: DemoConfig) -> Path:
         finish(folder, "demo", {"seed": seed})
     report = folder / "report.html"
     say(f"\nThe demo took {time.monotonic() - began:.0f} s. Open the report in a browser:\n  {report.resolve()}")
-    say("next, your own pairs: diffusion-dpo train model.pretrained=FOLDER data.type=pickapic data.path=PAIRS.parquet")
+    say("next, your own pairs: diffusion-dpo train model.pretrained=FOLDER data.path=PAIRS")
     return report
 
 
