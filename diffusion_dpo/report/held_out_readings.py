@@ -184,10 +184,12 @@ def divergence(log: Log, max_kl: float | None = None) -> Reading | None:
     if last is None:
         return None
     limit = f"; training ends above {max_kl:g}" if max_kl is not None else ""
+    base = log.last("eval/kl_base")
+    farther = f", and {significant(base.value)} from the pretrained model" if base is not None else ""
     return Reading(
         "plain",
-        f"The policy is about {significant(last.value)} nats per image from the reference (an estimate of the KL "
-        f"divergence{limit}).",
+        f"The policy is about {significant(last.value)} nats per image from the reference{farther} (an estimate of "
+        f"the KL divergence{limit}).",
     )
 
 

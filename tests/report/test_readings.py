@@ -12,7 +12,7 @@ from diffusion_dpo.report import alarms, readings
 from diffusion_dpo.report import held_out_readings as held
 from diffusion_dpo.report.reading import Reading
 from diffusion_dpo.report.readings import read
-from diffusion_dpo.report.training_log import Curve, Log
+from diffusion_dpo.report.training_log import Curve, Log, read_log
 from diffusion_dpo.training.health import Health
 from tests.report.training_runs import Change, make_lines, make_log, nothing, without_evaluation
 
@@ -262,3 +262,11 @@ def test_a_run_that_reached_its_budget_says_so() -> None:
     assert readings.unfinished(log, 300, 1.9).text == "Training ended at step 200, beyond evaluation.max_kl=1.9."
     assert readings.unfinished(log, 300, 2.1).text.startswith("200 of 300 steps")
     assert readings.unfinished(log, 200) is None
+
+
+def test_a_second_round_says_how_far_it_is_from_the_pretrained_model() -> None:
+    lines = list(make_lines(200))
+    second = [json.dumps(json.loads(line) | {"eval/kl_base": 7.0}) if "eval/kl" in line else line for line in lines]
+    first_round, second_round = held.divergence(read_log(lines)), held.divergence(read_log(second))
+    assert first_round and second_round and "pretrained" not in first_round.text
+    assert "2 nats per image from the reference, and 7 from the pretrained model" in second_round.text
