@@ -118,7 +118,7 @@ def test_a_whole_unet_becomes_a_checkpoint_and_no_lora(bases: dict[str, Path], t
 
 def test_the_pocket_model_has_the_original_layout_too(tmp_path: Path) -> None:
     model = Made(POCKET_DIR, tmp_path / "lora", lora(*ATTENTION))
-    out = run(model, tmp_path / "out", "pretrained=pocket", "format=single_file", "dtype=fp32")
+    out = run(model, tmp_path / "out", "format=single_file", "dtype=fp32")
     assert np.abs(image(load_plainly(model, out, "single_file")) - model.after).max() <= 1
 
 
