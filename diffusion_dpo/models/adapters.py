@@ -28,6 +28,10 @@ def locate_adapter(path: Path) -> tuple[AdapterKind, Path]:
     """
     if path.is_file():
         return "lora", path
+    if (path / "model_index.json").is_file():
+        raise ConfigError(
+            f"{path} is a whole pipeline, not an adapter; give it as pretrained, without an adapter_path"
+        )
     for folder in (path / "adapter", path):
         for name in (LORA_FILE, PEFT_FILE):
             if (folder / name).is_file():
@@ -38,10 +42,6 @@ def locate_adapter(path: Path) -> tuple[AdapterKind, Path]:
     if not path.exists():
         raise ConfigError(
             f"{path} does not exist; it should hold {LORA_FILE} (a LoRA) or unet/config.json (a full UNet)"
-        )
-    if (path / "model_index.json").is_file():
-        raise ConfigError(
-            f"{path} is a whole pipeline, not an adapter; give it as pretrained, without an adapter_path"
         )
     files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors" and file.is_file())
     if len(files) == 1:

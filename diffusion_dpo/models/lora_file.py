@@ -162,6 +162,8 @@ def recognise(file: Path) -> LoraFacts:
 def _refuse_other_kinds(file: Path, facts: FileFacts, unknown: list[str], *, num_plain: int) -> None:
     if facts.is_checkpoint:
         raise ConfigError(f"{file} is a whole checkpoint, not a LoRA; give it as pretrained, without an adapter_path")
+    if {"conv_in.weight", "conv_out.weight"} <= facts.shapes.keys():
+        raise ConfigError(f"{file} holds the weights of a whole UNet; give its folder, which has a config.json, too")
     for kind in dict.fromkeys(filter(None, map(other_kind, unknown))):
         beside = f" beside {num_plain} plain layers" if num_plain and "DoRA" not in kind else ""
         raise ConfigError(f"{file} holds {kind}{beside}, which diffusers and diffusion-dpo do not compute; {_MERGE}")

@@ -19,8 +19,8 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 def write_lora(file: Path, layers: Layers, dtype: "torch.dtype", header: Mapping[str, str] | None = None) -> None:
     """Write a LoRA for `load_lora_weights`; equal weights give equal bytes.
 
-    The strength s goes into B: diffusers 0.31 and 0.32 do not read the header, the only place where a file of diffusers'
-    says alpha, and take the rank for it.
+    The strength s goes into B: diffusers 0.31 and 0.32 do not read the header, the only place where such a file says
+    alpha, and take the rank for it.
     """
     weights: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}

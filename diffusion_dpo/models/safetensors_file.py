@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _MAX_HEADER_BYTES = 100_000_000
 """The most that the format allows."""
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
+_VERSIONS = {"sd_v1": "Stable Diffusion 1.x", "sd_v2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 _OF_A_LORA = re.compile(r"[._](?:lora|hada|lokr|dora)_|\.(?:alpha|diff|diff_b)\Z")
 _SHOWN_METADATA = ("ss_", "modelspec.")
 _MAX_SHOWN = 80
@@ -38,11 +39,12 @@ class FileFacts:
 
     @property
     def family(self) -> str:
-        """The family that the width of the text embeddings tells, in words; "" where it does not."""
+        """The family that the width of the text embeddings or kohya's header tells, in words; "" where none does."""
         for key, shape in self.shapes.items():
             if "attn2" in key and ("to_k" in key or "to_v" in key) and len(shape) > 1 and shape[1] in _WIDTHS:
                 return _WIDTHS[shape[1]]
-        return ""
+        said = self.metadata.get("ss_base_model_version", "")
+        return next((family for begin, family in _VERSIONS.items() if said.startswith(begin)), "")
 
 
 def read_facts(file: Path) -> FileFacts:

@@ -31,7 +31,10 @@ def test_check_says_what_a_file_is_and_what_it_changes(
     capsys.readouterr()
     for file, words in (
         (kohya, ("a LoRA in kohya naming", "every layer finds its place", "ss_base_model_version: sd_v1")),
-        (model.folder, ("a LoRA in diffusers naming", "of the text encoder", "alpha 16 mostly (2 to 16)")),
+        (
+            model.folder,
+            ("a LoRA in diffusers naming", "of the text encoder", "alpha 16 mostly (2 to 16)", "ComfyUI may not know"),
+        ),
         (single, ("a single-file checkpoint", "modelspec.architecture: stable-diffusion-v1")),
     ):
         code, text = check(file, capsys, f"pretrained={model.base}")

@@ -410,7 +410,8 @@ def test_a_lora_that_cannot_be_used_is_refused_in_one_sentence(
 @pytest.mark.parametrize("fault", ["family", "truncated", "config"])
 def test_a_unet_that_cannot_be_used_is_refused_in_one_sentence(old_unet: Path, tmp_path: Path, fault: str) -> None:
     if fault == "family":
-        make_stable_diffusion(tmp_path)
+        make_stable_diffusion(tmp_path / "other")
+        shutil.copytree(tmp_path / "other" / "unet", tmp_path / "unet")
     else:
         shutil.copytree(old_unet, tmp_path, dirs_exist_ok=True)
         name = {"truncated": "diffusion_pytorch_model.safetensors", "config": "config.json"}[fault]

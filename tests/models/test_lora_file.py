@@ -301,6 +301,7 @@ KINDS = {
     "LoRA for Qwen-Image": ["transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight"],
     "LoRA for Wan": ["diffusion_model.blocks.0.self_attn.q.lora_A.weight"],
     "LoRA for a transformer": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
+    "the weights of a whole UNet; give its folder": ["conv_in.weight", "conv_out.weight", "conv_norm_out.weight"],
     "a whole checkpoint": ["model.diffusion_model.input_blocks.0.0.weight"],
     "is no LoRA and no checkpoint: it holds emb_params": ["emb_params"],
     "holds mystery beside 1 layers of a LoRA": [f"{_K}.lora_down.weight", f"{_K}.lora_up.weight", "mystery"],
@@ -350,11 +351,12 @@ def test_every_verb_says_the_same_before_a_model_is_loaded(
             "holds 2 .safetensors files: a.safetensors, b.safetensors; name one of them",
         ),
         (["pytorch_lora_weights.bin"], "pytorch_lora_weights.bin is a pickle of torch.save"),
-        (["model_index.json"], "is a whole pipeline, not an adapter"),
+        (["model_index.json", "unet/config.json"], "is a whole pipeline, not an adapter"),
         ([], "holds neither pytorch_lora_weights.safetensors"),
     ],
 )
 def test_a_folder_without_one_adapter_is_named(files: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
     for name in files:
         (tmp_path / name).write_bytes(b"PK\x03\x04 and the rest of a zip")
     with pytest.raises(ConfigError, match=says.replace(".", r"\.")):
