@@ -15,6 +15,8 @@ from diffusion_dpo.data.labels import Labels, Meaning
 from diffusion_dpo.data.layout import Pair, identity_columns
 from diffusion_dpo.data.rows import Ties, each_of, make_labelled_pair, make_pair, number, origin_of
 
+_LONGEST_NAME = 4096
+"""A longer text is an image itself."""
 SCORE = "score"
 """The name under which a score column's values are kept."""
 
@@ -78,6 +80,16 @@ def count_rows(file: Path, columns: Columns) -> int:
     if columns.decides != "order":
         return sum(1 for _ in rows)
     return sum(len(list(each_of("", *map(row.get, columns.images)))) if isinstance(row, dict) else 1 for row in rows)
+
+
+def named_files(file: Path, columns: Columns) -> Iterator[Path]:
+    """Yield the image files that the rows of a file name, whatever they are."""
+    if is_text(file):
+        rows = (row for _, row in _read_text(file, ()) if isinstance(row, dict))
+        values = (row.get(name) for row in rows for name in columns.images)
+        for value in values:
+            names = value if isinstance(value, list) else [value]
+            yield from (file.parent / name for name in names if isinstance(name, str) and len(name) < _LONGEST_NAME)
 
 
 def read_labels_of(file: Path, columns: Columns) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:

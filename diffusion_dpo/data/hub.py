@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
-from diffusion_dpo.data.by_column import SCORE, Columns, count_rows, read_labels_of, read_table
+from diffusion_dpo.data.by_column import SCORE, Columns, count_rows, named_files, read_labels_of, read_table
 from diffusion_dpo.data.holding import Holding, look_into
 from diffusion_dpo.data.labels import Labels, Meaning, read_labels
 from diffusion_dpo.data.layout import find_settings
@@ -108,7 +108,8 @@ class HubData(PairSource):
 
     def stamp(self) -> str:
         """Return the state of the files that `read` will need; the local path of a hub file names its commit."""
-        return stamp_of(file for file, _ in self._needed_files())
+        files, columns = [file for file, _ in self._needed_files()], self._columns()
+        return stamp_of([*files, *(named for file in files for named in named_files(file, columns))])
 
     def left_out(self) -> list[str]:
         """See PairSource; of what is on the hub, no file that is left out is downloaded to count its rows."""

@@ -361,6 +361,9 @@ def test_rows_of_json_name_files_or_hold_base64(tmp_path: Path) -> None:
     assert first.chosen_origin == {"position": 1, "model": "n"}
     assert second == Dropped("metadata.jsonl line 2", "rejected: no such file")
     assert third == Dropped("metadata.jsonl line 3", "chosen: the file name leaves the folder")
+    before = source.stamp()
+    (tmp_path / "b.jpg").write_bytes(C + b" ")
+    assert source.stamp() != before, "the files that rows name count"
 
 
 def test_inspect_says_when_the_model_predicts_the_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
