@@ -281,6 +281,25 @@ def test_robust_z_ignores_an_outlier_and_what_does_not_vary() -> None:
     assert margin == pytest.approx(0.5 * 1000 / 1.4826, rel=1e-3), "median 2, deviation 1; b does not vary by it"
 
 
+@pytest.mark.parametrize(
+    ("normalise", "values", "margin"),
+    [
+        ("rank", [0.1, 0.2], 1.0),
+        ("win_rate", [0.1, 0.2], expit(0.2) - expit(-0.2)),  # at half the temperature
+        ("robust_z", [0.0, 0.1, 0.3], 0.3 / (1.4826 * 0.1)),
+    ],
+)
+def test_few_images_have_the_whole_range_in_the_sums_own_unit(
+    normalise: str, values: list[float], margin: float
+) -> None:
+    how = strategy("weighted", weights={"a": 3.0}, normalise=normalise, temperature=0.5)
+    last = "ABC"[len(values) - 1]
+    for limits in (NO_LIMITS, Limits(min_margin_norm=0.999 * margin)):
+        found, _, margins = picks(how, {"a": values}, limits=limits)
+        assert (found, margins) == ([(last, "A")], [pytest.approx(margin, rel=1e-4)])
+    assert picks(how, {"a": values}, limits=Limits(min_margin_norm=1.001 * margin))[1] == {NARROW: 1}
+
+
 def test_a_gate_is_no_score() -> None:
     scores = {"a": [9.0, 3.0, 2.0, 1.0], "c": [0.0, 1.0, NAN, 1.0]}
     found, drops, _ = picks(strategy("gate"), scores)
@@ -325,6 +344,8 @@ def test_photographs_are_chosen_over_everything_drawn() -> None:
     assert how.uses_main is False
     gated = strategy("gate", then="real_vs_generated")
     assert picks(gated, {"a": [1.0, 2.0], "c": [1.0, 0.0]}, num_photos=1)[0] == [("photo 0", "A")]
+    none = {"images that do not pass the gate on c": 1, TOO_FEW: 1}
+    assert picks(gated, {"a": [1.0], "c": [0.0]}, num_photos=1)[:2] == ([], none)
     found = picks(gated, {"a": [1.0, 2.0], "c": [0.0, 1.0]}, num_photos=3)[0]
     assert found == [("photo 0", "B"), ("photo 1", "B"), ("photo 2", "B")], "photographs pass no gate"
 
