@@ -17,7 +17,7 @@ import pytest
 from diffusion_dpo import __version__, interrupt
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import Config, ConfigError
-from diffusion_dpo.settings import VERBS
+from diffusion_dpo.settings import VERBS, InspectConfig
 
 Verb = Callable[[Config], object]
 
@@ -117,7 +117,7 @@ def test_inspect_takes_a_path_whatever_its_letters(verb: Callable[[str, Verb], N
     verb("inspect", seen.append)
     for path in ("runs/pairs", "1e3", "a: b #c", "null"):
         assert main(["inspect", path, "num_images=3"]) == 0
-        assert seen[-1].model_dump() == {"path": Path(path), "data": None, "num_images": 3, "output_dir": None}
+        assert seen[-1] == InspectConfig(path=Path(path), num_images=3)
 
 
 @pytest.mark.parametrize("arguments", [["--output-dir", "1e3", "--seed", "4"], ["output_dir='1e3'", "seed=4"]])
