@@ -1,6 +1,7 @@
 """What lies at a path: names, suffixes, columns and our own manifest, from one walk that opens nothing large."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ ROWS = (".jsonl", ".json", ".csv", ".tsv")
 """Suffixes of text files that hold rows."""
 METADATA = "metadata"
 """The name, without its suffix, of the file with the rows of a folder of images."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _MOST_ENTRIES = 200_000
 _FIRST_ROWS = 10
 _MOST_TABLES = 8
@@ -127,7 +129,8 @@ class Holding:
 def look_into(path: Path) -> Holding:
     """Return what is at a path, to be walked once; raises ConfigError when there is nothing."""
     if not path.exists():
-        raise ConfigError(f"there is no file or folder {path}; name one")
+        on_hub = "; of a data set on the hub, say data.type=hub as well" if _HUB_ID.fullmatch(str(path)) else ""
+        raise ConfigError(f"there is no file or folder {path}; name one{on_hub}")
     return Holding(path)
 
 

@@ -213,3 +213,8 @@ def test_all_rows_are_looked_at_before_a_model_is_loaded(tmp_path: Path, monkeyp
     path = rows(tmp_path / "d" / "metadata.jsonl", PAIR).parent
     with pytest.raises(ConfigError, match=r"100% of the 1 rows of the data \(folder\) are broken"):
         train.run(load(TrainConfig, None, [f"data.path={path}", f"output_dir={tmp_path / 'out'}"]))
+
+
+def test_the_id_of_a_data_set_on_the_hub_is_answered_with_its_type() -> None:
+    with pytest.raises(ConfigError, match=r"no file or folder owner/name; .* data\.type=hub"):
+        recognise(Path("owner/name"))
