@@ -335,7 +335,7 @@ def test_the_tag_of_a_file_decides_activation_and_preprocessing(
 
     plain, quick = score("tiny-test"), score("tiny-test-quickgelu")
     assert plain != pytest.approx(quick, abs=1e-5)
-    assert "without QuickGELU, which a file does not say" in " ".join(capsys.readouterr().err.split())
+    assert "without QuickGELU, which a file does not say" in " ".join(capsys.readouterr().out.split())
     kinds = {"fast": {"quick_gelu": True, "mean": (0.1,) * 3, "std": (0.5,) * 3, "resize_mode": "squash"}, "plain": {}}
     monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda _: list(kinds))
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda _, tag: kinds.get(tag, {}) | {"url": tag})
