@@ -197,10 +197,10 @@ def _refuse_others(file: Path, shapes: Shapes, kind: str | None) -> None:
         raise ConfigError(f"{file} is a video model; {convert}")
     if any(".cond_proj." in key for key in whole):
         raise ConfigError(f"{file} is a latent consistency model, which is told its guidance scale; {convert}")
-    if kind != "xl" and any(".label_emb." in key for key in whole):
-        raise ConfigError(f"{file} is told more than a prompt, as image variation models and upscalers are; {convert}")
     if kind is None and any(key.startswith("conditioner.embedders.0.model.") for key in shapes):
         raise ConfigError(f"{file} is SDXL's refiner; {convert}")
+    if kind != "xl" and any(".label_emb." in key for key in whole):
+        raise ConfigError(f"{file} is told more than a prompt, as image variation models and upscalers are; {convert}")
     if kind is None:
         raise ConfigError(f"{file} holds a UNet without text encoders; {convert}")
     if not any(key.startswith(f"{VAE}decoder.") for key in shapes):
