@@ -309,14 +309,18 @@ def _unknown_key(cls: type[Config], path: list[str]) -> _Problem:
         if field and is_named(field.annotation):
             next(parts, None)  # a name of the user's
     siblings = list(found.model_fields) if found else []
+    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
+    is_others = path[-1].lower() in other_names.ANSWERS
+    if near and not is_others:
+        return _Problem(key, text, ".".join([*path[:-1], near[0]]))
     from diffusion_dpo.config_help import settings  # which is about what is here
 
     everywhere = [re.sub(r"\[\w+\]", "", setting.key) for setting in settings(cls)]
     blocks = ("model", "data", "loss") if issubclass(cls, Plugin) else ()  # in which this one may stand
-    elsewhere = other_names.answer(path[-1], {*everywhere, *(f"{b}.{name}" for b in blocks for name in everywhere)})
+    known = {*everywhere, *(f"{block}.{name}" for block in blocks for name in everywhere)}
+    elsewhere = other_names.answer(path[-1], known)
     if elsewhere is not None:
         return _Problem(key, f"{text}: {elsewhere}")
-    near = difflib.get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
     if near:
         return _Problem(key, text, ".".join([*path[:-1], near[0]]))
     same = [other for other in everywhere if other.rpartition(".")[2] == path[-1] and other != key]
