@@ -119,6 +119,23 @@ def test_every_missing_file_is_made_by_one_process_and_read_by_all(tmp_path: Pat
     assert found == [[], []]  # what the main process found; the other does not look
 
 
+def test_a_process_that_did_not_look_reads_what_was_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference, "CELLS_PER_FILE", 3)
+    alone = reference.build(tmp_path, reader_of(4, num_shapes=1), {"seed": 0})
+    files = sorted(tmp_path.rglob("errors-*"))
+    files[1].unlink()
+
+    class Second(Processes):
+        def from_main(self, value: Any) -> Any:
+            return [file for file in files if file != files[1]]
+
+        def wait(self) -> None:
+            reference.build(tmp_path, reader_of(4, num_shapes=1), {"seed": 0})
+
+    cached = reference.build(tmp_path, reader_of(4, num_shapes=1, processes=Second(1, 2)), {"seed": 0})
+    np.testing.assert_array_equal(cached.table, alone.table)
+
+
 def test_it_is_said_what_is_computed_and_what_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
