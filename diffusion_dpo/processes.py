@@ -29,14 +29,14 @@ class Processes:
 
         `device` is the setting; every process takes the GPU of its local rank.
         """
-        import torch
-
         count = int(os.environ.get("WORLD_SIZE", "1"))
         by_mpi = any(int(os.environ.get(name, "1")) > count for name in _SIZES_OF_MPI)
         if by_mpi or (count > 1 and "RANK" not in os.environ):
             raise ConfigError("start several processes with `accelerate launch` or `torchrun`, which name their ranks")
         if count == 1:
             return cls()
+        import torch
+
         processes = cls(int(os.environ["RANK"]), count)
         if not processes.is_main:
             console.silence()

@@ -70,10 +70,10 @@ def run(config: TrainConfig) -> Path:
     """Train, or continue, or find that nothing is left to do; return the folder of the adapter or full UNet."""
     refuse_contradictions(config)
     name_ignored(config)
-    config = settle(config)
     processes = Processes.join(config.device)
     refuse_uneven(config, processes)
     refuse_launcher(config, processes)
+    config = settle(config)
     device = pick_device(config.device)
     refuse_optimizer(config, device)
     dtype = pick_dtype(config.mixed_precision, device)
