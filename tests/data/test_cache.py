@@ -111,6 +111,15 @@ def test_latents_and_conditioning_belong_to_their_pair(tmp_path: Path, monkeypat
     assert opened.conditioning([1], [False])["long_text"].tolist() == [[[8.0, 8.0]] * 5]
 
 
+def test_every_pair_has_the_conditioning_of_its_own_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which are of different lengths here, since length is what these encoders see."""
+    monkeypatch.setattr(cache, "PROMPTS_PER_FILE", 2)
+    pairs = [replace(pair, prompt="x" * (1 + 3 * (i % 4))) for i, pair in enumerate(make_pairs(6))]
+    opened = build(tmp_path, pairs, CountingEncoders().make())
+    found = opened.conditioning([0, 1, 2, 3, 4, 5, 2], [False] * 6 + [True])["text"]
+    assert found.flatten().tolist() == [1, 4, 7, 10, 1, 4, 0]
+
+
 def test_flipped_latents_are_those_of_the_mirrored_images(tmp_path: Path):
     pairs, encoders = make_pairs(3), CountingEncoders().make()
     opened = build(tmp_path, pairs, encoders, random_flip=True)
