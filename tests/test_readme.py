@@ -30,7 +30,8 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands() -> list[Any]:
-    lines = [(path, line) for path in DOCUMENTS for block in blocks(path, "sh") for line in block.splitlines()]
+    texts = [(path, block.replace("\\\n", " ")) for path in DOCUMENTS for block in blocks(path, "sh")]
+    lines = [(path, line) for path, text in texts for line in text.splitlines()]
     return [pytest.param(line, id=f"{path.name}: {line[:60]}") for path, line in lines if line.strip()]
 
 
@@ -64,6 +65,9 @@ def test_command_can_be_typed(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     elif program.startswith("scripts/"):
         assert os.access(ROOT / program, os.X_OK)
         assert all((ROOT / argument).exists() for argument in arguments if argument.startswith("tests/"))
+    elif program == ".venv/bin/python":
+        assert arguments[0].startswith("scripts/") and (ROOT / arguments[0]).is_file()
+        assert all((ROOT / argument).exists() for argument in arguments if argument.startswith("diffusion_dpo/"))
     else:
         assert program in {"pip", ".venv/bin/pre-commit"}
 
