@@ -30,7 +30,7 @@ def run(config: CheckConfig) -> None:
     """Say what a file is and does; raises ConfigError when it is broken, does not fit, or does nothing."""
     if not config.path.exists():
         raise ConfigError(f"there is no {config.path}")
-    base = find_base(config.path, config.pretrained, config.revision, config.variant)
+    base = find_base(config.path, config)
     if (config.path / "model_index.json").exists():
         _check_pipeline(config, base)
         return

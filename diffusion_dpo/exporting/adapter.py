@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, d
 from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder, hashes_of
-from diffusion_dpo.models.adapters import AdapterKind, quiet, replace_unet
+from diffusion_dpo.models.adapters import AdapterKind, replace_unet
 from diffusion_dpo.models.base import read_base
 from diffusion_dpo.models.checkpoint_file import find_checkpoint, header_settings, write_settings
 from diffusion_dpo.models.lora_file import PARTS, Layers, place, read_lora
@@ -31,6 +31,7 @@ from diffusion_dpo.models.lora_layers import add_to_weights, parts_of
 from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
 from diffusion_dpo.models.original_layout import as_original
 from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
+from diffusion_dpo.models.quiet import quiet
 from diffusion_dpo.models.safetensors_file import write_safetensors
 from diffusion_dpo.sampling import adapter_hash, identity_of
 from diffusion_dpo.settings import ExportConfig, ImageModel
@@ -67,7 +68,7 @@ def export_adapter(config: ExportConfig) -> Path:
     what was written computes something else than the model in memory.
     """
     assert config.adapter_path is not None
-    base = find_base(config.adapter_path, config.pretrained, config.revision, config.variant)
+    base = find_base(config.adapter_path, config)
     kind, where, base = find_source(config.adapter_path, base)
     if kind == "unet" and config.format in LORA_FORMATS:
         raise ConfigError(
@@ -96,7 +97,7 @@ def export_adapter(config: ExportConfig) -> Path:
 
 
 def _identity(config: ExportConfig, base: Base) -> dict[str, Any]:
-    model = ImageModel(pretrained=base.pretrained, revision=base.revision, variant=base.variant)
+    model = ImageModel.model_validate(asdict(base))
     return {
         "format": config.format,
         "dtype": config.dtype,
@@ -386,6 +387,5 @@ def _say_how_to_use(config: ExportConfig, base: Base, name: str) -> None:
         say("ComfyUI does not know these names; format=kohya writes a file for it, A1111 and Forge")
     if config.format != "merged":
         path = config.output_dir / LORA_FILE if config.format == "diffusers" else file
-        settings = {"pretrained": base.pretrained, "revision": base.revision, "variant": base.variant}
-        line = command("export", {key: value for key, value in settings.items() if value is not None})
+        line = command("export", {key: value for key, value in asdict(base).items() if value is not None})
         say(f"next: {line.replace('export', f'export --check {shlex.quote(str(path))}', 1)}")

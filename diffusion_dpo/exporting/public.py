@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, does_something, networks_changed, tolerated
-from diffusion_dpo.models.adapters import quiet
 from diffusion_dpo.models.pipeline import first_sentence
+from diffusion_dpo.models.quiet import quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

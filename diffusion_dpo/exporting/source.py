@@ -7,6 +7,7 @@ import yaml
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import AdapterKind, find_adapter
+from diffusion_dpo.settings import CheckConfig, ExportConfig
 from diffusion_dpo.yaml_dialect import Loader
 
 
@@ -28,18 +29,18 @@ def run_folder(path: Path) -> Path | None:
     return None
 
 
-def find_base(path: Path, pretrained: str | None, revision: str | None, variant: str | None) -> Base | None:
+def find_base(path: Path, config: ExportConfig | CheckConfig) -> Base | None:
     """Return the model to put an adapter on: the one that is named, else the one of its run folder, if it has any."""
-    if pretrained is not None:
-        return Base(pretrained, revision, variant)
+    if config.pretrained is not None:
+        return Base(config.pretrained, config.revision, config.variant, config.prediction_type)
     folder = run_folder(path)
     if folder is None:
         return None
     file = folder / "config.yaml"
     try:
         model = yaml.load(file.read_text(encoding="utf-8"), Loader)["model"]  # noqa: S506 - a SafeLoader
-        asked = revision or model.get("revision"), variant or model.get("variant")
-        return Base(str(model["pretrained"]), *asked, model.get("prediction_type"))
+        asked = (getattr(config, name) or model.get(name) for name in ("revision", "variant", "prediction_type"))
+        return Base(str(model["pretrained"]), *asked)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} does not say which model it was trained on; give pretrained=...") from error
 

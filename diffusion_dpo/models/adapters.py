@@ -8,7 +8,6 @@ from diffusion_dpo.models.lora_file import PEFT_FILE, place, read_lora, recognis
 from diffusion_dpo.models.lora_layers import parts_of, put_on
 from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.pipeline import first_sentence
-from diffusion_dpo.models.quiet import quiet as quiet
 from diffusion_dpo.models.safetensors_file import read_facts
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from diffusion_dpo.config import Config, Plugin, plugin
-from diffusion_dpo.settings.common import Device
+from diffusion_dpo.settings.common import Device, PredictionType
 
 PAIR_FORMATS = ("pickapic", "webdataset")
 LORA_FORMATS = ("diffusers", "kohya")
 _OF_PAIRS = ("data", "soft_labels", "seed", "shard_size", "max_broken_share")
-_OF_MODELS = ("adapter_path", "adapter_scale", "pretrained", "revision", "variant", "dtype", "device")
+_OF_MODELS = ("adapter_path", "adapter_scale", "pretrained", "revision", "variant", "prediction_type", "dtype", "device")
 
 
 class ExportConfig(Config):
@@ -44,6 +44,9 @@ class ExportConfig(Config):
     """Branch, tag or commit of `pretrained` on the hub; null reads it from the run folder."""
     variant: str | None = None
     """Variant of the weight files of `pretrained`, e.g. fp16; null reads it from the run folder."""
+    prediction_type: PredictionType | None = None
+    """What `pretrained` predicts, where its files do not say it or say it wrongly; null takes what they say, or, with
+    `pretrained` left out, what the run folder says."""
     dtype: Literal["fp16", "fp32"] = "fp16"
     """Number format of the weights in the files. fp16 is what most programs compute in."""
     device: Device = "auto"
@@ -75,6 +78,8 @@ class CheckConfig(Config):
     """Branch, tag or commit of `pretrained` on the hub."""
     variant: str | None = None
     """Variant of the weight files of `pretrained`, e.g. fp16."""
+    prediction_type: PredictionType | None = None
+    """What `pretrained` predicts, where its files do not say it or say it wrongly; null takes what they say."""
     device: Device = "auto"
     """Where to compute; auto takes cuda, then mps, then cpu."""
 

@@ -166,3 +166,16 @@ def test_a_run_on_a_checkpoint_is_exported_as_one(bases: dict[str, Path], tmp_pa
     out = run(model, tmp_path / "out", f"pretrained={file}", "format=single_file", "dtype=fp32")
     again = load_base(str(out), device=torch.device("cpu"), dtype=torch.float32)
     assert np.abs(image(again) - model.after).max() <= 1
+
+
+def test_what_a_base_is_said_to_predict_is_in_what_is_written(
+    made: Callable[[str, str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its files say epsilon: with the setting, the folder says v, and so does the printed check; another is refused."""
+    model, says_v = made("sd", "plain"), "prediction_type=v_prediction"
+    out = run(model, tmp_path / "out", "format=merged", says_v)
+    assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+    with pytest.raises(ConfigError, match=r"model\.prediction_type: v_prediction -> null"):
+        run(model, out, "format=merged")
+    run(model, tmp_path / "kohya", "format=kohya", says_v)
+    assert f"pretrained={model.base} {says_v}" in " ".join(capsys.readouterr().out.split())
