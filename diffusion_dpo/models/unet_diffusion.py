@@ -108,10 +108,15 @@ class UNetDiffusion(DiffusionModel):
         whole = Path(adapter).name == "unet"  # also of a LoRA that was trained on another whole UNet
         names = self.pipeline_name + (", UNet2DConditionModel" if whole else "")
         base = str(POCKET_DIR) if self.pretrained == "pocket" else self.pretrained
+        loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+        lines = [f"from diffusers import {names}\n", f"pipe = {self.pipeline_name}.{loader}({base!r})"]
+        if self.prediction_type is not None:
+            changed = f"pipe.scheduler.config, prediction_type={self.prediction_type!r}"
+            lines.append(f"pipe.scheduler = pipe.scheduler.from_config({changed})")
         loading = f"pipe.load_lora_weights({adapter!r})"
         if whole:
             loading = f"pipe.unet = UNet2DConditionModel.from_pretrained({adapter!r})"
-        return f"from diffusers import {names}\n\npipe = {self.pipeline_name}.from_pretrained({base!r})\n{loading}"
+        return "\n".join([*lines, loading])
 
 
 class LoadedUNet(LoadedModel):

@@ -184,10 +184,15 @@ def test_the_model_card_loads_what_is_saved(any_old: Path, tmp_path: Path) -> No
     settings = StableDiffusion(adapter_path=any_old, lora=NEW)
     model = train(settings.load(device=CPU, dtype=torch.float32, seed=0), 2)
     loaded: dict[str, Any] = {}
-    exec(settings.usage(str(model.save(tmp_path))), loaded)
+    adapter = str(model.save(tmp_path))
+    exec(settings.usage(adapter), loaded)
     plain = load(lora=None)
     plain.unet = loaded["pipe"].unet.eval()
     torch.testing.assert_close(predict(plain), predict(model), rtol=0, atol=1e-5)
+    exec(settings.model_copy(update={"prediction_type": "v_prediction"}).usage(adapter), loaded)
+    assert loaded["pipe"].scheduler.config.prediction_type == "v_prediction"
+    checkpoint = settings.model_copy(update={"pretrained": "a/b.safetensors"}).usage(adapter)
+    assert "pipe = StableDiffusionPipeline.from_single_file('a/b.safetensors')\n" in checkpoint
 
 
 def test_the_rank_does_not_grow_unasked(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
