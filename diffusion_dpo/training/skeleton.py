@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffusion_dpo.config import ConfigError
-from diffusion_dpo.models import adapters
+from diffusion_dpo.models.adapters import find_adapter
 from diffusion_dpo.models.base_facts import BaseFacts, require_side_px
 from diffusion_dpo.models.lora_file import PARTS
+from diffusion_dpo.models.quiet import quiet
 from diffusion_dpo.models.start import Start, refuse_start
 from diffusion_dpo.models.unet_diffusion import add_lora, checkpoint_blocks
 from diffusion_dpo.settings import TrainConfig
@@ -180,7 +181,7 @@ def read_skeleton(config: TrainConfig, dtype: "torch.dtype", *, on_cuda: bool) -
     unet_config, kind = base.unet, None
     if model.adapter_path is not None:
         refuse_start(model.adapter_path, whole_unet=model.lora is None)
-        kind, where = adapters.find_adapter(model.adapter_path)
+        kind, where = find_adapter(model.adapter_path)
     if kind == "unet":
         unet_config = UNet2DConditionModel.load_config(where)
     whole = model.lora is None or kind == "unet"  # these are float32 from the beginning
@@ -216,7 +217,7 @@ def _build_unet(config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     import torch
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():  # it warns of every cast, whether or not a part is to stay in float32
         return UNet2DConditionModel.from_config(config).to(dtype).eval().requires_grad_(False)
 
 
@@ -224,7 +225,7 @@ def _build_vae(config: Mapping[str, Any], dtype: "torch.dtype") -> Any:
     import torch
     from diffusers import AutoencoderKL
 
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         vae = AutoencoderKL.from_config(config).to(dtype).eval()
     return vae.to(memory_format=torch.channels_last)
 

@@ -214,15 +214,23 @@ def test_what_a_checkpoint_predicts_is_said_by_a_tensor_its_header_or_a_setting(
 
 
 def test_a_dry_run_reads_the_header_alone(
-    made: Made, tiny_pairs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    made: Made,
+    tiny_pairs: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    diffusers_log: pytest.LogCaptureFixture,
 ) -> None:
+    """And prints no line of diffusers, which warns of every cast to half precision."""
     monkeypatch.setattr(loading, "load_checkpoint", None)
+    monkeypatch.setattr("diffusion_dpo.dry_run._show_cards", lambda *_: None)  # which is slow, and tested elsewhere
     small = ["resolution_px=64", "preview=null", "per_device_batch_size=1", "global_batch_size=1"]
+    small.append("mixed_precision=bf16")
     arguments = ["train", "--dry-run", f"data.path={tiny_pairs}", *small]
     assert main([*arguments, f"model.pretrained={made['xl'][1]}"]) == 2
     assert "which model.type=stable_diffusion_xl trains" in capsys.readouterr().err
     assert main([*arguments, f"model.pretrained={made['v1'][1]}"]) == 0
     assert "disk:" in capsys.readouterr().out
+    assert not diffusers_log.records
 
 
 OTHERS = {
