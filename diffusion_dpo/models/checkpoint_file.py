@@ -16,7 +16,7 @@ from diffusion_dpo.models import checkpoint_settings
 from diffusion_dpo.models.base_facts import XL, BaseFacts, with_defaults
 from diffusion_dpo.models.checkpoint_settings import GENERATIONS, SETTINGS, Shapes
 from diffusion_dpo.models.original_layout import UNET, VAE, from_original, places, shape_there, without_ones
-from diffusion_dpo.models.safetensors_file import read_facts
+from diffusion_dpo.models.safetensors_file import other_model, read_facts
 
 if TYPE_CHECKING:
     import torch
@@ -25,26 +25,13 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _NUM_TOKENS = 49408
 _CLIP_TOKENS = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
-_OTHERS: tuple[tuple[str, str], ...] = (
-    ("double_blocks.", "a FLUX transformer"),
-    ("joint_blocks.", "a Stable Diffusion 3 transformer"),
-    ("transformer_blocks.0.attn.add_q_proj", "a transformer of a flow model"),
-    ("motion_modules.", "an AnimateDiff motion module"),
-    ("control_model.", "a ControlNet"),
-    ("controlnet_cond_embedding.", "a ControlNet"),
+_ADAPTERS: tuple[tuple[str, str], ...] = (
     ("lora_", "a LoRA: give it as adapter_path, and the model that it was made for as pretrained"),
     (".lora.", "a LoRA: give it as adapter_path, and the model that it was made for as pretrained"),
     ("hada_", "a LoHa: merge it into its model with the program that made it"),
     ("lokr_", "a LoKr: merge it into its model with the program that made it"),
-    ("emb_params", "a textual inversion"),
-    ("clip_g", "a textual inversion"),
-    ("down_blocks.0.resnets", "a UNet of a diffusers folder: give the folder that holds unet/, with model_index.json"),
-    ("decoder.up.", "a VAE alone"),
-    ("decoder.up_blocks.", "a VAE alone"),
-    ("text_model.", "a text encoder alone"),
-    ("transformer.resblocks.", "a text encoder alone"),
 )
-"""What a file is that is no checkpoint, by a part of its tensors' names; the first that is found counts."""
+"""Which adapter a file is, by a part of its tensors' names; the first that is found counts."""
 _NEVER_PART_OF_ONE = ("a FLUX", "a Stable Diffusion 3", "a ControlNet", "a LoRA")
 
 
@@ -185,7 +172,8 @@ def _refuse_others(file: Path, shapes: Shapes, kind: str | None) -> None:
     """Raise ConfigError, saying what a file is, unless it holds UNet, VAE and text encoders of one family."""
     convert = "a whole checkpoint of Stable Diffusion 1.x, 2.x or SDXL, or a diffusers folder, is needed as pretrained"
     whole = [key for key in shapes if key.startswith(UNET)]
-    what = next((text for part, text in _OTHERS if any(part in key for key in shapes)), None)
+    adapter = next((text for part, text in _ADAPTERS if any(part in key for key in shapes)), None)
+    what = adapter or other_model(shapes)
     if what is not None and (not whole or what.startswith(_NEVER_PART_OF_ONE)):
         raise ConfigError(f"{file} is {what}; {convert}")
     if not whole:

@@ -23,7 +23,7 @@ from diffusion_dpo.models.lora_names import (
     role_of,
     spellings,
 )
-from diffusion_dpo.models.safetensors_file import FileFacts, read_facts, shown
+from diffusion_dpo.models.safetensors_file import FileFacts, other_model, read_facts, shown
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -171,6 +171,8 @@ def _refuse_other_kinds(file: Path, facts: FileFacts, unknown: list[str], *, num
         raise ConfigError(
             f"{file} holds {shown(unknown[0])} beside {num_plain} layers of a LoRA, which is not known here"
         )
+    if unknown and (what := other_model(unknown)):
+        raise ConfigError(f"{file} is {what}; a LoRA or a whole UNet is needed as adapter_path")
     if unknown:
         raise ConfigError(f"{file} is no LoRA and no checkpoint: it holds {shown(unknown[0])}")
     if not facts.shapes:

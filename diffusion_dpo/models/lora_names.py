@@ -46,6 +46,7 @@ _PREFIXES: tuple[tuple[str, str | None], ...] = (
     ("lora_te1_", "text_encoder"),
     ("lora_te_", "text_encoder"),
     ("lycoris_", None),
+    ("wrapped_transformer_", None),  # after lora_te_, by A1111's extension of early 2023
     ("unet.", "unet"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),

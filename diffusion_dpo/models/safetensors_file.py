@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,24 @@ _MAX_HEADER_BYTES = 100_000_000
 _WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 _VERSIONS = {"sd_v1": "Stable Diffusion 1.x", "sd_v2": "Stable Diffusion 2.x", "sdxl": "SDXL"}
 _OF_A_LORA = re.compile(r"[._](?:lora|hada|lokr|dora)_|\.(?:alpha|diff|diff_b)\Z")
+_OTHERS: tuple[tuple[str, str], ...] = (
+    ("double_blocks.", "a FLUX transformer"),
+    ("joint_blocks.", "a Stable Diffusion 3 transformer"),
+    ("transformer_blocks.0.attn.add_q_proj", "a transformer of a flow model"),
+    ("motion_modules.", "an AnimateDiff motion module"),
+    ("control_model.", "a ControlNet"),
+    ("controlnet_cond_embedding.", "a ControlNet"),
+    ("ip_adapter.", "an IP-Adapter"),
+    ("emb_params", "a textual inversion"),
+    ("clip_g", "a textual inversion"),
+    ("down_blocks.0.resnets", "a UNet of a diffusers folder: give the folder that holds unet/, with model_index.json"),
+    ("decoder.up.", "a VAE alone"),
+    ("decoder.up_blocks.", "a VAE alone"),
+    ("text_model.", "a text encoder alone"),
+    ("transformer.resblocks.", "a text encoder alone"),
+)
+"""What a file is that is neither a checkpoint nor an adapter, by a part of its tensors' names; the first that is found
+counts."""
 _SHOWN_METADATA = ("ss_", "modelspec.")
 _MAX_SHOWN = 80
 HASH = "modelspec.hash_sha256"
@@ -89,6 +107,12 @@ def _refuse_other_kinds(file: Path, head: bytes) -> None:
             f"{file} is a pickle of torch.save, which can run any program when it is loaded, and is not opened; "
             "convert it where you trust it, with safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)"
         )
+
+
+def other_model(names: Iterable[str]) -> str | None:
+    """Return what a file of these tensors is that is neither a checkpoint nor an adapter; None: nothing known."""
+    names = list(names)
+    return next((words for part, words in _OTHERS if any(part in name for name in names)), None)
 
 
 def shown(text: str) -> str:

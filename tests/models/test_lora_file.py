@@ -109,6 +109,7 @@ def test_the_original_names_of_sdxls_layers_are_found_with_their_alphas(
     [
         ("lora_te1_text_model_encoder_layers_{}_mlp_fc1.lora_{}.weight", "text_encoder"),
         ("lora_te2_text_model_encoder_layers_{}_mlp_fc1.lora_{}.weight", "text_encoder_2"),
+        ("lora_te_wrapped_transformer_text_model_encoder_layers_{}_mlp_fc1.lora_{}.weight", "text_encoder"),
         ("text_encoder_2.text_model.encoder.layers.{}.mlp.fc1.lora_linear_layer.{}.weight", "text_encoder_2"),
         ("text_encoder.encoder.layers.{}.mlp.fc1.lora.{}.weight", "text_encoder"),
         ("clip_g.transformer.text_model.encoder.layers.{}.mlp.fc1.lora_{}.weight", "text_encoder_2"),
@@ -303,7 +304,11 @@ KINDS = {
     "LoRA for a transformer": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
     "the weights of a whole UNet; give its folder": ["conv_in.weight", "conv_out.weight", "conv_norm_out.weight"],
     "a whole checkpoint": ["model.diffusion_model.input_blocks.0.0.weight"],
-    "is no LoRA and no checkpoint: it holds emb_params": ["emb_params"],
+    "is a textual inversion; a LoRA or a whole UNet is needed": ["emb_params"],
+    "is a textual inversion; a LoRA": ["clip_g", "clip_l"],
+    "is a VAE alone": ["first_stage_model.decoder.up.0.block.0.conv1.weight", "first_stage_model.encoder.conv_in.bias"],
+    "is a VAE alone; a LoRA": ["decoder.up_blocks.0.resnets.0.conv1.weight"],
+    "is no LoRA and no checkpoint: it holds mystery": ["mystery"],
     "holds mystery beside 1 layers of a LoRA": [f"{_K}.lora_down.weight", f"{_K}.lora_up.weight", "mystery"],
 }
 
