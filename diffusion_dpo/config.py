@@ -44,10 +44,13 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Config(BaseModel):
-    """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help."""
+    """Base of every block of settings: unknown keys are refused, values are frozen, field docstrings are the help.
+
+    Its validator is built when it is first used: help and hints open many classes and validate few.
+    """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, defer_build=True
     )
 
     @model_validator(mode="before")

@@ -1,5 +1,10 @@
 """Every setting of a config class, with type, bounds, default and meaning: what the help lists and hints look in."""
 
+import ast
+import functools
+import inspect
+import itertools
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -30,7 +35,7 @@ def settings(cls: type[Config], prefix: str = "", block: Config | None = None, w
         value = getattr(block, name) if block is not None else field.get_default(call_default_factory=True)
         default = "required" if field.is_required() else _show_default(value)
         table = table_of(field)
-        yield Setting(key, _describe_type(field), default, " ".join((field.description or "").split()), table)
+        yield Setting(key, _describe_type(field), default, _meaning(cls, name), table)
         inner = config_in(field.annotation)
         if table is not None:
             for type_name in registry.TABLES[table] if table != within else ():
@@ -40,6 +45,31 @@ def settings(cls: type[Config], prefix: str = "", block: Config | None = None, w
         elif inner is not None:
             below = f"{key}.NAME." if is_named(field.annotation) else f"{key}."
             yield from settings(inner, below, value if isinstance(value, inner) else None)
+
+
+def _meaning(cls: type[Config], name: str) -> str:
+    """Return the docstring of a field, "" without one; of the class that says it last, in one line."""
+    owners = (_docstrings(base.__module__).get(base.__name__, {}) for base in cls.__mro__ if issubclass(base, Config))
+    return next((found[name] for found in owners if name in found), "")
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[str, dict[str, str]]:
+    """Return the docstring of every field of a module's classes, by class and field.
+
+    pydantic can do so as well, but parses a class when it is made, which no command but help needs.
+    """
+    classes = [it for it in ast.parse(inspect.getsource(sys.modules[module])).body if isinstance(it, ast.ClassDef)]
+    return {cls.name: dict(_documented(cls.body)) for cls in classes}
+
+
+def _documented(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, below in itertools.pairwise([*body, ast.Pass()]):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())
+            case ast.AnnAssign(target=ast.Name(id=name)), _:
+                yield name, ""
 
 
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.config_help import settings
 from diffusion_dpo.data import prompts, suites
 from diffusion_dpo.data.prompts import read_prompts
 from diffusion_dpo.data.suites import Suite, suite_files
@@ -186,5 +187,5 @@ def test_the_hub_says_in_a_sentence_what_it_cannot_give(monkeypatch: pytest.Monk
 
 def test_the_help_names_every_suite() -> None:
     for verb in (GenerateConfig, CompareConfig):
-        words = verb.model_fields["prompts_path"].description
+        (words,) = (setting.help for setting in settings(verb) if setting.key == "prompts_path")
         assert all(name in words for name in (*suites.SUITES, "pocket"))
