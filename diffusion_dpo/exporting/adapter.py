@@ -20,7 +20,7 @@ from diffusion_dpo.exporting.header import generation, kohya_header, model_heade
 from diffusion_dpo.exporting.lora import as_kohya, common_alpha
 from diffusion_dpo.exporting.merged import write_merged
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
-from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
+from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs, why_it_may_differ
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder, hashes_of
 from diffusion_dpo.models.adapters import AdapterKind, replace_unet
@@ -219,7 +219,12 @@ def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "Diffu
             f"{config.adapter_scale:g}). Was it saved before training, or was the learning rate too low?"
         )
     if kind == "lora" and config.adapter_scale == 1 and (wrong := where_it_differs(where, public, base, expected)):
-        warn(f"{wrong}; what is written here is right")
+        if (why := why_it_may_differ(where, public, layers)) is None:
+            raise ConfigError(
+                f"{wrong}, for no reason that is known. One of the two readings is wrong, so that nothing can be "
+                "verified; please report it, with the file's header"
+            )
+        warn(f"{wrong}: {why}; what is written here is right")
     return _Tuned(probe, base, expected, layers)
 
 
@@ -307,7 +312,7 @@ def _load_back(
     from safetensors import SafetensorError
 
     if config.format == "single_file":
-        return load_single_file(family, staging / f"{name}.safetensors", base).to(device)
+        return load_single_file(family, staging / f"{name}.safetensors", base, device)
     fresh = _load(base, device) if config.format in LORA_FORMATS else None
     try:
         if fresh is None:
@@ -324,10 +329,12 @@ def _load_back(
     return fresh.to(device)
 
 
-def load_single_file(family: type["DiffusionPipeline"], file: Path, base: Base) -> "DiffusionPipeline":
+def load_single_file(
+    family: type["DiffusionPipeline"], file: Path, base: Base, device: "torch.device"
+) -> "DiffusionPipeline":
     """Load a checkpoint in the original layout, of a family and with the settings of a base, in float32.
 
-    Raises ConfigError when diffusers cannot.
+    Raises ConfigError when diffusers cannot, or leaves weights out.
     """
     import torch
     from safetensors import SafetensorError
@@ -335,6 +342,7 @@ def load_single_file(family: type["DiffusionPipeline"], file: Path, base: Base) 
     try:
         with quiet(), _settings_folder(base) as folder:
             loaded = family.from_single_file(str(file), config=folder, local_files_only=True, dtype=torch.float32)
+            loaded = loaded.to(device)  # which fails for weights that it has not found
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"diffusers cannot load {file} as a {family.__name__}: {first_sentence(error)}") from error
     loaded.set_progress_bar_config(disable=True)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from diffusion_dpo.cli import main
+from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models import lora_file
+from diffusion_dpo.models.lora_file import LoraLayer, read_lora
 from diffusion_dpo.models.lora_layers import peft_layers
 from tests.models.lora_files import Weights, kohya, plain, save, targets, tucker, with_alphas
 
@@ -83,6 +87,40 @@ def test_where_diffusers_differs_from_a_file_is_said(
     assert ("warning: diffusers" in out) == (says is not None), out
     assert says is None or says in out
     assert says != OTHER or "of its output, " in out, "how far off"
+
+
+def test_diffusers_takes_a_dora_of_kohya_for_the_lora_beside_its_magnitudes(pipeline: Any, tmp_path: Path) -> None:
+    """Which is why such a file is refused here, and not handed on."""
+    weights, expected = plain(pipeline.unet, ATTENTION)
+    for key in [key for key in weights if key.endswith(".lora_up.weight")]:
+        weights[key.replace("lora_up.weight", "dora_scale")] = torch.full((len(weights[key]), 1), 7.0)
+    file = save(tmp_path, weights)
+    assert largest_difference(pipeline, file, expected) < 1e-6, "the magnitudes are left out"
+    with pytest.raises(ConfigError, match="dora_scale"):
+        read_lora(file)
+
+
+def test_where_two_readings_differ_for_no_known_reason_nothing_is_exported(
+    pipeline: Any,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A reader that gets one strength wrong: the export of what it read would be as wrong, and agree with itself."""
+    weights, expected = with_alphas(pipeline.unet, ATTENTION, lambda _: 1.0)
+    file, wrong = save(tmp_path, weights), kohya("lora_unet_", next(iter(expected)))
+    read = lora_file._layer
+
+    def misread(file: Path, name: str, *rest: Any) -> LoraLayer:
+        layer = read(file, name, *rest)
+        return replace(layer, alpha=2 * layer.alpha) if name == wrong else layer
+
+    monkeypatch.setattr(lora_file, "_layer", misread)
+    settings = [f"adapter_path={file}", f"pretrained={bases['sd']}", f"output_dir={tmp_path / 'out'}", "dtype=fp32"]
+    assert main(["export", "format=kohya", *settings]) == 2
+    said = capsys.readouterr().err
+    assert "of what the LoRA changes, for no reason that is known" in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format_", ["diffusers", "kohya"])
