@@ -152,7 +152,7 @@ def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:
     pipeline = _load(config, base)
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
-    loaded = load_single_file(type(pipeline), config.path, base).to(pipeline.device)
+    loaded = load_single_file(type(pipeline), config.path, base, pipeline.device)
     _say_changes(config.path, changes(before, probe.ask(loaded)), base)
 
 

@@ -30,6 +30,7 @@ _OTHERS: tuple[tuple[str, str], ...] = (
     ("emb_params", "a textual inversion"),
     ("clip_g", "a textual inversion"),
     ("down_blocks.0.resnets", "a UNet of a diffusers folder: give the folder that holds unet/, with model_index.json"),
+    ("first_stage_model.", "a VAE alone"),
     ("decoder.up.", "a VAE alone"),
     ("decoder.up_blocks.", "a VAE alone"),
     ("text_model.", "a text encoder alone"),
