@@ -49,7 +49,10 @@ CORE = {
     "checkpoint.py": ["test_checkpoint.py"],
     "report/statistics.py": ["report/test_statistics.py"],
     "strategies/*.py": ["strategies"],
-    "models/adapters.py": ["models/test_adapters.py"],
+    "models/lora_file.py": ["models/test_lora_file.py"],
+    "models/lora_layers.py": ["models/test_lora_file.py", "models/test_adapters.py"],
+    "models/lora_write.py": ["models/test_adapters.py"],
+    "models/start.py": ["models/test_adapters.py"],
     "models/fused_lora.py": ["models/test_fused_lora.py"],
 }
 """Modules of the core (in diffusion_dpo/) and the tests that must hold them (in tests/)."""

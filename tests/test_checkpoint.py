@@ -163,7 +163,7 @@ def test_a_consistent_manifest_does_not_make_it_whole(
     save(tmp_path, 10, value=1.0)
     path = save(tmp_path, 20, value=2.0)
     whole = (path / "trained.safetensors").read_bytes()
-    broken = safetensors.torch.save({"a": torch.full((4,), float("nan"))})
+    broken = safetensors.torch.save({"a": torch.tensor([1.0, float("nan"), 2.0, 3.0])})
     rewritten(path, {"text": b"no tensors", "empty": b"", "cut": whole[:-3], "not_finite": broken}.get(content, whole))
     if content == "step":
         facts = json.loads((path / "manifest.json").read_text()) | {"step": None}

@@ -4,9 +4,11 @@ A LoRA (arXiv 2106.09685) adds s B A to the weight of a layer, of rank r and wit
 tensor of each layer (kohya), in their header (diffusers), in a file beside them (peft), or not at all: then it is r.
 """
 
+import functools
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +179,7 @@ def _refuse_other_kinds(file: Path, facts: FileFacts, unknown: list[str], *, num
         raise ConfigError(f"{file} is no LoRA and no checkpoint: it holds {shown(unknown[0])}")
     if not facts.shapes:
         raise ConfigError(f"{file} is no LoRA and no checkpoint: it holds no tensors")
-    if not num_plain:
+    if all(map(is_bundled, facts.shapes)):
         raise ConfigError(f"{file} holds embeddings and no layers of a LoRA")
 
 
@@ -204,7 +206,7 @@ def read_lora(file: Path) -> Lora:
                 layer: _layer(file, layer, {role: opened.get_tensor(key) for role, key in roles.items()}, strengths)
                 for layer, roles in facts.tensors.items()
             }
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, re.error) as error:
         raise ConfigError(f"cannot read the LoRA {file}: {error}") from error
     return Lora(facts, layers)
 
@@ -239,7 +241,7 @@ def _layer(file: Path, name: str, tensors: "dict[Role, Tensor]", strengths: "_St
 class _Strengths:
     """The alphas that peft's settings say, in the header of a file or in the file beside it."""
 
-    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]]
     """By part of the pipeline; "" for all of them."""
 
     @classmethod
@@ -278,13 +280,17 @@ def _require_lora(file: Path, settings: Any) -> dict[str, Any]:
 
 
 def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """Return the value that peft takes for a layer: that of the first pattern which its path ends with."""
-    from peft.utils.other import get_pattern_key
+    """Return the value that peft takes for a layer: that of the first pattern which its path ends with.
 
-    for exact in (path, f"^{path}"):
-        if exact in patterns:
-            return patterns[exact]
-    return patterns.get(get_pattern_key(patterns.keys(), path), default)
+    The patterns are those of a file, hundreds for hundreds of layers, so peft's own `get_pattern_key`, which has each
+    compiled again for each layer, would take a minute.
+    """
+    return next((value for pattern, value in patterns.items() if _ending(pattern).match(path)), default)
+
+
+@functools.cache
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def place(lora: Lora, models: "Mapping[str, nn.Module]") -> dict[str, dict[str, LoraLayer]]:

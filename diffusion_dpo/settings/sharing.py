@@ -11,7 +11,16 @@ from diffusion_dpo.settings.common import Device, PredictionType
 PAIR_FORMATS = ("pickapic", "webdataset")
 LORA_FORMATS = ("diffusers", "kohya")
 _OF_PAIRS = ("data", "soft_labels", "seed", "shard_size", "max_broken_share")
-_OF_MODELS = ("adapter_path", "adapter_scale", "pretrained", "revision", "variant", "prediction_type", "dtype", "device")
+_OF_MODELS = (
+    "adapter_path",
+    "adapter_scale",
+    "pretrained",
+    "revision",
+    "variant",
+    "prediction_type",
+    "dtype",
+    "device",
+)
 
 
 class ExportConfig(Config):

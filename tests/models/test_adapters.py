@@ -12,9 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.models.lora_file import LoraLayer
 from diffusion_dpo.models.lora_layers import peft_layers
 from diffusion_dpo.models.lora_write import LORA_FILE
 from diffusion_dpo.models.stable_diffusion import LoadedStableDiffusion, StableDiffusion
+from diffusion_dpo.models.start import Start
 from diffusion_dpo.models.unet_diffusion import Lora
 from diffusion_dpo.sampling import DrawRequest, draw, load_pipeline
 from diffusion_dpo.settings import ImageModel, Sampling
@@ -320,6 +322,32 @@ def test_the_hash_of_the_base_covers_the_start(old: Path, old_unet: Path, tmp_pa
     assert len({bare, start, *hashes}) == 5
 
 
+def test_every_tensor_of_a_start_and_its_strength_are_in_its_hash() -> None:
+    down, up = torch.rand(2, 6), torch.rand(6, 2)
+    layers = [LoraLayer(down, up, 1.0), LoraLayer(2 * down, up, 1.0), LoraLayer(down, 2 * up, 1.0)]
+    layers += [LoraLayer(down, up, 2.0), LoraLayer(down.view(2, 3, 2), up, 1.0)]
+    one, *others = [Start({"b": layer, "a": layer}, {"text_encoder": {"c": layer}}) for layer in layers]
+    assert one.facts("unet") == Start({"a": layers[0], "b": layers[0]}).facts("unet")
+    names = [[fact.rpartition(" ")[0] for fact in one.facts(part)] for part in ("unet", "text_encoder")]
+    assert names == [["unet.a", "unet.b"], ["text_encoder.c"]]
+    for part in ("unet", "text_encoder"):
+        assert len({tuple(start.facts(part)) for start in (one, *others)}) == len(layers)
+
+
+def test_what_hides_the_pretrained_model_is_named() -> None:
+    layer = {"a": LoraLayer(torch.ones(1, 2), torch.ones(2, 1), 1.0)}
+    whole, unet, text = Start(kind="unet"), Start(layer, {}, "lora"), Start({}, {"text_encoder": layer}, "lora")
+    both = Start(layer, {"text_encoder": layer}, "lora")
+    for is_lora in (True, False):
+        assert Start().lost(is_lora=is_lora) == ""
+        assert "starts from a whole UNet" in whole.lost(is_lora=is_lora)
+        assert "encodes the prompts" in text.lost(is_lora=is_lora)
+    assert unet.lost(is_lora=True) == ""
+    assert "encodes the prompts" in both.lost(is_lora=True)
+    assert "part of the weights that are trained" in unet.lost(is_lora=False)
+    assert "part of the weights that are trained" in both.lost(is_lora=False)
+
+
 def test_what_a_start_has_for_the_text_encoder_encodes_the_prompts_and_is_kept(
     old: Path, tmp_path: Path, diffusers_log: pytest.LogCaptureFixture
 ) -> None:
@@ -376,6 +404,7 @@ FAULTS = {
     "transformer": "is a LoRA for a transformer",
     "text": "does not fit this model: [0-9]+ of its [0-9]+ layers find none in it",
     "dora": "plain LoRAs",
+    "bias": "plain LoRAs",
     "none": "is no LoRA and no checkpoint: it holds unet.conv_in.weight",
     "empty": "is no LoRA and no checkpoint: it holds no tensors",
     "truncated": "is cut off",
@@ -396,6 +425,7 @@ def test_a_lora_that_cannot_be_used_is_refused_in_one_sentence(
         "transformer": lambda: {key.replace("unet.", "transformer."): value for key, value in weights.items()},
         "text": lambda: {key.replace("unet.", "text_encoder."): value for key, value in weights.items()},
         "dora": lambda: weights | {name.split(".lora_")[0] + ".lora_magnitude_vector": torch.ones(64)},
+        "bias": lambda: weights | {name.split(".lora_")[0] + ".lora_B.bias": torch.ones(64)},
         "none": lambda: {"unet.conv_in.weight": torch.ones(1)},
         "empty": dict,
     }

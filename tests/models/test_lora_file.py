@@ -9,12 +9,15 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import add_adapter, find_adapter
-from diffusion_dpo.models.lora_file import place, read_lora
-from diffusion_dpo.models.lora_layers import add_to_weights, added, parts_of, peft_layers
+from diffusion_dpo.models.lora_file import LoraLayer, place, read_lora, recognise
+from diffusion_dpo.models.lora_layers import add_to_weights, added, parts_of, peft_layers, read_back
+from diffusion_dpo.models.lora_write import packed, write_lora
 from diffusion_dpo.sampling import adapter_hash
 from tests.fakes import make_stable_diffusion, make_stable_diffusion_xl
 from tests.models.lora_files import SPELLINGS, factors, kohya, plain, product, save, targets, tucker, with_alphas
@@ -160,9 +163,11 @@ def test_the_number_format_of_a_file_changes_nothing(sd: Any, tmp_path: Path, dt
 def test_pefts_settings_give_the_strengths_that_peft_itself_has(
     sd: Any, tmp_path: Path, where: str, rslora: bool
 ) -> None:
-    patterns = {
+    queries, keys, values = (list(targets(sd.unet, end)) for end in ("to_q", "to_k", "to_v"))
+    exact = {queries[0]: 13, keys[0]: 9, f"^{keys[1]}": 10, f"^{values[0]}": 11}
+    patterns = {  # the first of those that match a layer is its own, an exact one or not
         "rank_pattern": {"to_k": 3, "mid_block.*to_v": 4},
-        "alpha_pattern": {"to_q": 7, "down_blocks.*to_v": 2},
+        "alpha_pattern": {"to_q": 7, **exact, "down_blocks.*to_v": 2},
     }
     config = LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_k", "to_v"], use_rslora=rslora, **patterns)
     sd.unet.add_adapter(config, "made")
@@ -269,6 +274,129 @@ def test_a_dora_of_peft_is_merged_by_its_equation(sd: Any, tmp_path: Path) -> No
     sd.unet.load_state_dict(kept)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_biases_and_a_scale_act_beside_the_weights_as_within_them(sd: Any, tmp_path: Path) -> None:
+    """W + c s B A and b + c s b', on layers with and without a bias, at c = 0.5 and s = 3 / 2."""
+    weights, expected = {}, {}
+    for seed, (path, module) in enumerate(targets(sd.unet, "attn1.to_q", "ff.net.2", "conv1").items()):
+        down, up = factors(module, 2, seed)
+        bias = torch.randn(len(up), generator=torch.Generator().manual_seed(seed))
+        weights |= {f"unet.{path}.lora_A.weight": down, f"unet.{path}.lora_B.weight": up}
+        if seed % 3:
+            weights[f"unet.{path}.lora_B.bias"] = bias
+        before = torch.zeros(len(up)) if module.bias is None else module.bias.detach()
+        expected[path] = (
+            module.weight.detach() + product(up, down, 0.75),
+            before + 0.75 * bias if seed % 3 else module.bias,
+        )
+    file = save(tmp_path, weights, lora_adapter_metadata={"unet.r": 2, "unet.lora_alpha": 3})
+    parts = parts_of(sd)
+    layers = place(read_lora(file), parts)
+    kept = {path: sd.unet.get_submodule(path).bias for path in expected}
+    assert any(bias is None for bias in kept.values()) and not all(bias is None for bias in kept.values())
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 16, 32))
+    add_adapter(sd, file, scale=0.5)
+    with torch.no_grad():
+        beside = sd.unet(*inputs).sample
+    for path, layer in read_back(parts, "adapter")["unet"].items():
+        assert layer.rank == 2 and layer.alpha == pytest.approx(1.5), "s is the strength that is set"
+        assert layer.bias is not None and layer.bias.eq(weights.get(f"unet.{path}.lora_B.bias", 0)).all()
+    sd.unload_lora_weights()
+    with added(parts, layers):
+        assert all(
+            sd.unet.get_submodule(path).bias is not bias
+            for path, bias in kept.items()
+            if layers["unet"][path].bias is not None
+        )
+    assert all(sd.unet.get_submodule(path).bias is bias for path, bias in kept.items())
+    before = {path: sd.unet.get_submodule(path).weight.detach().clone() for path in expected}
+    add_to_weights(parts, layers, scale=0.5)
+    for path, (weight, bias) in expected.items():
+        module = sd.unet.get_submodule(path)
+        torch.testing.assert_close(module.weight, weight, rtol=1e-5, atol=1e-5, check_dtype=False)
+        assert (module.bias is None) == (bias is None)
+        if bias is not None:
+            torch.testing.assert_close(module.bias.detach(), bias.detach(), rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(sd.unet(*inputs).sample, beside, rtol=1e-4, atol=1e-4)
+    for path, weight in before.items():
+        module = sd.unet.get_submodule(path)
+        module.weight.data.copy_(weight)
+        module.bias = kept[path]
+
+
+def test_what_is_written_has_its_strength_in_b_and_its_shape_in_the_header(tmp_path: Path) -> None:
+    """Ranks 2, 2 and 3 of which the commonest is the default; strengths 5 / 2, 1 / 2 and 4 / 3."""
+    ranks, alphas = {"a": 2, "b": 3, "c": 2}, {"a": 5.0, "b": 4.0, "c": 1.0}
+    unet = {path: LoraLayer(torch.randn(rank, 6), torch.randn(4, rank), alphas[path]) for path, rank in ranks.items()}
+    text = {
+        "encoder.x": LoraLayer(torch.randn(2, 6), torch.randn(4, 2), 3.0, bias=torch.randn(4)),
+        "text_model.encoder.y": LoraLayer(torch.randn(2, 6), torch.randn(4, 2), 2.0),
+        "text_projection": LoraLayer(torch.randn(2, 6), torch.randn(4, 2), 2.0),
+    }
+    second = {"text_model.z": LoraLayer(torch.randn(2, 6), torch.randn(4, 2), 6.0, torch.rand(4))}
+    layers = {"unet": unet, "text_encoder": text, "text_encoder_2": second}
+    write_lora(tmp_path / "x.safetensors", layers, torch.float32, {"made": "here"})
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        header = file.metadata()
+    written = load_file(tmp_path / "x.safetensors")
+    keys = {f"unet.{path}": layer for path, layer in unet.items()}
+    keys |= {
+        "text_encoder.text_model.encoder.x": text["encoder.x"],
+        "text_encoder.text_model.encoder.y": text["text_model.encoder.y"],
+        "text_encoder.text_projection": text["text_projection"],
+        "text_encoder_2.text_model.z": second["text_model.z"],
+    }
+    expected = {}
+    for key, layer in keys.items():
+        strength = layer.alpha / len(layer.down)
+        expected |= {f"{key}.lora_A.weight": layer.down, f"{key}.lora_B.weight": strength * layer.up}
+    expected["text_encoder.text_model.encoder.x.lora_B.bias"] = 1.5 * text["encoder.x"].bias
+    expected["text_encoder_2.text_model.z.lora_magnitude_vector"] = second["text_model.z"].magnitude
+    assert written.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(written[key], value, msg=key)
+    assert (header["format"], header["made"]) == ("pt", "here")
+    settings = json.loads(header["lora_adapter_metadata"])
+    assert list(settings) == sorted(settings)
+
+    def of(part: str) -> dict[str, Any]:
+        return {key.removeprefix(f"{part}."): value for key, value in settings.items() if key.startswith(f"{part}.")}
+
+    others = {"^b": 3}
+    plain = {"r": 2, "lora_alpha": 2, "rank_pattern": {}, "alpha_pattern": {}}
+    assert of("unet") == plain | {"rank_pattern": others, "alpha_pattern": others, "target_modules": ["a", "b", "c"]}
+    assert of("text_encoder") == plain | {"target_modules": sorted(text), "lora_bias": True}
+    assert of("text_encoder_2") == plain | {"target_modules": ["text_model.z"], "use_dora": True}
+
+
+def test_a_file_has_the_asked_number_format_but_for_alphas() -> None:
+    alpha, weight = torch.tensor(0.7), torch.rand(3, 2).T
+    found = packed({"x.alpha": alpha, "x.lora_up.weight": weight}, torch.float16)
+    assert torch.equal(found["x.alpha"], alpha) and found["x.alpha"].dtype == torch.float32
+    assert torch.equal(found["x.lora_up.weight"], weight.half()) and found["x.lora_up.weight"].is_contiguous()
+
+
+def test_a_dora_on_some_layers_alone_is_refused(sd: Any, tmp_path: Path) -> None:
+    """Which layers say so does not matter; a plain LoRA on another part does not make it one."""
+    unet, text = targets(sd.unet, "attn1.to_q"), targets(sd.text_encoder, "fc1")
+    weights: dict[str, torch.Tensor] = {}
+    for part, modules in (("unet", unet), ("text_encoder", text)):
+        for path, module in modules.items():
+            down, up = factors(module, 2, 0)
+            weights |= {f"{part}.{path}.lora_A.weight": down, f"{part}.{path}.lora_B.weight": up}
+    magnitudes = {f"unet.{path}.lora_magnitude_vector": torch.ones(len(it.weight)) for path, it in unet.items()}
+    first, *_, last = magnitudes
+    for some in ({first}, magnitudes.keys() - {first}, {last}):
+        file = save(tmp_path, weights | {key: magnitudes[key] for key in some})
+        with pytest.raises(ConfigError, match="is a DoRA on some layers of the unet and a LoRA on others"):
+            deltas(sd, file)
+    placed = place(read_lora(save(tmp_path, weights | magnitudes)), parts_of(sd))
+    assert list(placed) == ["unet", "text_encoder"]
+    has_magnitude = {part: {layer.magnitude is not None for layer in of.values()} for part, of in placed.items()}
+    assert has_magnitude == {"unet": {True}, "text_encoder": {False}}
+
+
 def test_a_one_by_one_convolution_is_a_linear_layer(sd: Any, tmp_path: Path) -> None:
     """SD 1.x has `proj_in` as a convolution, SDXL as a linear layer; files for either have both."""
     path, module = next(iter(targets(sd.unet, "proj_in").items()))
@@ -276,6 +404,31 @@ def test_a_one_by_one_convolution_is_a_linear_layer(sd: Any, tmp_path: Path) -> 
     key = kohya("lora_unet_", path)
     flat = {f"{key}.lora_down.weight": down.flatten(1), f"{key}.lora_up.weight": up.flatten(1)}
     assert same(deltas(sd, save(tmp_path, flat)), {path: product(up, down, 1.0)})
+    path, module = next(iter(targets(sd.unet, "attn1.to_q").items()))
+    down, up = factors(module, 2, 0)
+    key = kohya("lora_unet_", path)
+    file = save(
+        tmp_path, {f"{key}.lora_down.weight": down[..., None, None], f"{key}.lora_up.weight": up[..., None, None]}
+    )
+    assert same(deltas(sd, file), {path: product(up, down, 1.0)})
+
+
+def test_layers_that_the_model_lacks_are_counted_and_one_is_named(sd: Any, tmp_path: Path) -> None:
+    weights, _ = plain(sd.unet, ("attn1.to_q",))
+    lacking = {f"lora_unet_nowhere_{n}.lora_{way}.weight": torch.ones(2, 2) for n in "ab" for way in ("down", "up")}
+    file = save(tmp_path, weights | lacking)
+    found = rf"2 of its {len(weights) // 2 + 2} layers find none in it, e.g. lora_unet_nowhere_a; "
+    with pytest.raises(ConfigError, match=found):
+        deltas(sd, file)
+
+
+@pytest.mark.parametrize(
+    ("width", "family"), [(16, "an unknown family"), (768, "Stable Diffusion 1.x"), (2048, "SDXL")]
+)
+def test_the_family_is_told_by_the_width_of_the_text(tmp_path: Path, width: int, family: str) -> None:
+    path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    file = save(tmp_path, {f"{path}.lora_A.weight": torch.ones(2, width), f"{path}.lora_B.weight": torch.ones(8, 2)})
+    assert recognise(file).family == family
 
 
 # --- what is no LoRA that is read ---
@@ -306,9 +459,16 @@ KINDS = {
     "a whole checkpoint": ["model.diffusion_model.input_blocks.0.0.weight"],
     "is a textual inversion; a LoRA or a whole UNet is needed": ["emb_params"],
     "is a textual inversion; a LoRA": ["clip_g", "clip_l"],
-    "is a VAE alone": ["first_stage_model.decoder.up.0.block.0.conv1.weight", "first_stage_model.encoder.conv_in.bias"],
+    "is a VAE alone": [
+        "first_stage_model.decoder.up.0.block.0.conv1.weight",
+        "first_stage_model.encoder.conv_in.bias",
+    ],
     "is a VAE alone; a LoRA": ["decoder.up_blocks.0.resnets.0.conv1.weight"],
     "is no LoRA and no checkpoint: it holds mystery": ["mystery"],
+    "has down for lora_unet_mid_block_attentions_0_proj_in, without the rest of it": [f"{_K}.lora_down.weight"],
+    "has alpha, up for lora_unet_mid_block_attentions_0_proj_in, without": [f"{_K}.lora_up.weight", f"{_K}.alpha"],
+    "holds embeddings and no layers of a LoRA": ["bundle_emb.x.string_to_param.*"],
+    "holds no tensors": [],
     "holds mystery beside 1 layers of a LoRA": [f"{_K}.lora_down.weight", f"{_K}.lora_up.weight", "mystery"],
 }
 
@@ -377,9 +537,12 @@ def test_the_one_file_of_a_folder_is_it(sd: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        ({"up": torch.full((16, 2), torch.inf)}, "NaN or infinite weights"),
+        ({"up": torch.ones(16, 2).index_fill(0, torch.tensor([3]), torch.inf)}, "NaN or infinite weights"),
+        ({"alpha": torch.tensor(torch.nan)}, "NaN or infinite weights"),
         ({"down": torch.ones(2, 16, dtype=torch.int8)}, r"quantised weights \(torch.int8\)"),
         ({"up": torch.ones(16, 3)}, "has ranks of 2 and 3"),
+        ({"down": torch.ones(3, 16), "mid": torch.ones(2, 2, 3, 3)}, "whose ranks differ"),
+        ({"down": torch.ones(3, 16), "mid": torch.ones(3, 3, 3, 3)}, "whose ranks differ"),
         ({"up": torch.ones(17, 2)}, r"is \(17, 2\) x \(2, 16\), for a weight of \(16, 16\)"),
         ({"down": torch.ones(2, 16, 3, 3), "up": torch.ones(16, 2, 1, 1)}, "does not fit this model"),
         ({"alpha": torch.ones(2)}, "an alpha of more than one number"),
@@ -388,7 +551,7 @@ def test_the_one_file_of_a_folder_is_it(sd: Any, tmp_path: Path) -> None:
 def test_a_broken_layer_is_named(sd: Any, tmp_path: Path, edit: dict[str, torch.Tensor], says: str) -> None:
     path = next(iter(targets(sd.unet, "attn1.to_q")))
     tensors = {"down": torch.ones(2, 16), "up": torch.ones(16, 2)} | edit
-    ends = {"down": "lora_down.weight", "up": "lora_up.weight", "alpha": "alpha"}
+    ends = {"down": "lora_down.weight", "mid": "lora_mid.weight", "up": "lora_up.weight", "alpha": "alpha"}
     file = save(tmp_path, {f"{kohya('lora_unet_', path)}.{ends[key]}": value for key, value in tensors.items()})
     with pytest.raises(ConfigError, match=says):
         deltas(sd, file)
@@ -402,6 +565,7 @@ def test_a_peft_folder_of_another_kind_is_named(tmp_path: Path) -> None:
     )
     for settings, says in (
         ('{"peft_type": "LOHA"}', "holds a LOHA of peft"),
+        ('{"alpha_pattern": {"x(": 2}}', "cannot read the LoRA"),
         ("{", "cannot be read"),
         ("3", "holds no"),
     ):

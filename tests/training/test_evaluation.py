@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,6 +379,73 @@ def test_the_kl_divergence_does_not_depend_on_where_the_model_predicts(tmp_path:
         shift(run, seed=5)
         found.append(evaluate(run)["eval/kl"])
     assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
+class StartedShift(ShiftOfNumberedPrompts):
+    """Its training started from a shift, which is its reference; without it, it is N(0, I)."""
+
+    start: torch.Tensor
+    without_start = False
+
+    def predict(self, *inputs: Any) -> torch.Tensor:
+        kept, is_reference = self.shift.data, self._is_reference
+        if self.without_start or is_reference:
+            self.shift.data = torch.zeros_like(kept) if self.without_start else self.start
+        self._is_reference = False
+        try:
+            return super().predict(*inputs)
+        finally:
+            self.shift.data, self._is_reference = kept, is_reference
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        self.without_start = True
+        with torch.no_grad():
+            yield
+        self.without_start = False
+
+
+def test_where_training_started_elsewhere_the_divergence_is_also_from_the_base(tmp_path: Path):
+    """|delta - start|^2 / 2 and |delta|^2 / 2, of which the default grid makes 1.17 times as much."""
+    run = prepared(tmp_path)
+    model = StartedShift(ShiftDenoiser(side=SIDE))
+    assert isinstance(run.model, LoadedShift)
+    model.shift, model.start = run.model.shift, torch.full_like(run.model.shift.data, 0.3 / SIDE)
+    shift(run, 1.2)
+    metrics = replace(held_out(run), _reference={}, _original={}).evaluate(model)
+    assert metrics["eval/kl"] == pytest.approx(1.17 * 0.9**2 / 2, rel=0.01)
+    assert metrics["eval/kl_base"] == pytest.approx(1.17 * 1.2**2 / 2, rel=0.01)
+    assert progress_note(metrics).endswith("KL 0.47 nats, 0.84 from the base")
+    assert "eval/kl_base" not in evaluate(run)
+
+
+def test_a_model_of_few_timesteps_is_asked_at_those(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def noted(self: LoadedShift, uniform: torch.Tensor, num_timesteps: int | None = None) -> torch.Tensor:
+        asked.append(([round(it, 6) for it in uniform.tolist()], num_timesteps))
+        return (uniform * 1000).long()
+
+    run = prepared(tmp_path)
+    monkeypatch.setattr(LoadedShift, "sample_timesteps", noted)
+    replace(held_out(run), num_timesteps=4, _reference={}, only_trained=True).evaluate(run.model)
+    middles, edges = ([0.125, 0.375, 0.625, 0.875], 4), ([0.0, 0.25, 0.5, 0.75, 0.999999], None)
+    assert asked.count(edges) == 1 and asked.count(middles) == len(asked) - 1 > 1
+
+
+def test_batches_are_of_one_shape_each(tmp_path: Path):
+    run = prepared(tmp_path)
+    held = replace(held_out(run), num_timesteps=2, batch_size=3)
+    held.examples = held.examples[:5]
+    held.__dict__["_shapes"] = [(1, 8, 8)] * 2 + [(1, 4, 16)] * 2 + [(1, 8, 8)]
+    assert held._parts == [range(3), range(3, 4), range(4, 7), range(7, 8), range(8, 10)]
+    # nats are of an image: the drift of each of its numbers, times how many it has
+    drift = torch.rand(5, 2, 2).numpy()
+    held.__dict__["_shapes"] = [(1, 8, 8)] * 2 + [(1, 4, 4)] * 3
+    sizes = np.array([64, 64, 16, 16, 16])[:, None, None]
+    alike = replace(held)
+    alike.__dict__["_shapes"] = [(1, 1, 1)] * 5
+    assert held._kl(run.model, drift) == pytest.approx(alike._kl(run.model, drift * sizes))
 
 
 # --- held out means held out -----------------------------------------------------------------------------------------
