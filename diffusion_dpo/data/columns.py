@@ -12,6 +12,29 @@ _SPELLINGS = {
     "image": ("image", "image_file_name", "file_name"),
     "rank": ("rank", "ranks", "ranking", "human_preference"),
 }
+BETTER = (
+    *(
+        "chosen",
+        "w",
+        "win",
+        "wins",
+        "winner",
+        "winners",
+        "won",
+        "good",
+        "better",
+        "best",
+        "preferred",
+        "liked",
+        "like",
+    ),
+    *("accepted", "positive", "pos"),
+)
+WORSE = (
+    *("rejected", "reject", "l", "lose", "loses", "loser", "losers", "lost", "bad", "worse", "worst", "dispreferred"),
+    *("unpreferred", "not_preferred", "disliked", "dislike", "negative", "neg"),
+)
+"""Words that say of an image, or of a folder of images, that it is the better or the worse one; kohya's are w and l."""
 
 
 def spellings(key: str) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""What the values of a label say: which of two images is better, decided once from all values of the column."""
+"""What the values of a label say, decided once from all values of the column: which of two images is better, or whether
+a single one is liked.
+"""
 
 import re
 from collections import Counter
@@ -7,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffusion_dpo.config import ConfigError
+from diffusion_dpo.data.columns import BETTER, WORSE
 from diffusion_dpo.data.images import Unusable
 from diffusion_dpo.data.rows import number
 
@@ -21,6 +24,8 @@ _SIDES = {"left": 0, "right": 1, "first": 0, "second": 1, "a": 0, "b": 1, "one":
 _THING = r"(?:image|img|jpg|picture|photo|option|model|candidate|response|side|the)"
 _WORD = re.compile(rf"(?:{_THING}[ _-]?)*([a-z]+|[0-9]+)(?:[ _-]?{_THING})*")
 _MOST_SHOWN = 6
+_LIKED = {*BETTER, "yes", "y", "up", "upvote", "thumbs_up", "thumb_up", "pass"}
+_DISLIKED = {*WORSE, "no", "n", "down", "downvote", "thumbs_down", "thumb_down", "fail"}
 NO_LABEL, OTHER = Unusable("no label"), Unusable("a label unlike the others")
 
 Seen = tuple[str, Any]
@@ -54,6 +59,12 @@ _CODINGS = (
     _Coding("an index from 1", _table("index", {1: 1.0, 2: 0.0}), frozenset({("index", 2.0)})),
     _Coding("the name of a side", _table("side", {0: 1.0, 1: 0.0})),
 )
+_LIKES = (
+    _Coding("1 and 0, or true and false", _table("number", {1: 1.0, 0: 0.0})),
+    _Coding("1 and -1", _table("number", {1: 1.0, -1: 0.0, 0: 0.5}), frozenset({("number", -1.0)})),
+    _Coding("words", _table("text", dict.fromkeys(_LIKED, 1.0) | dict.fromkeys(_DISLIKED, 0.0))),
+)
+"""The same of single images: the probability that one is liked; 0.5 is neither."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +110,47 @@ def read_labels(column: str, rows: Iterable[tuple[Any, Sequence[Names]]], meanin
     for coding in _CODINGS:
         if coding.proof and (not coding.proof & kinds.keys() or _is_one_number(kinds)):
             continue
-        found: Counter[float | None] = Counter()
-        for seen, count in kinds.items():
-            found[0.5 if seen[0] == "tie" else coding.read(seen)] += count
+        found = _outcomes(coding, kinds)
         if found[None] <= _RARE * total:
             return Labels(coding, meaning, _only(values), _summary(coding.words, found) + _doubt(values, coding))
     if named[None] <= _RARE * total:
         return Labels(None, meaning, _only(values), _summary("the names of the two images", named))
     raise ConfigError(_refusal(column, values))
+
+
+def read_likes(column: str, values: Iterable[Any]) -> Labels:
+    """Decide from all labels of single images how they say that one is liked.
+
+    Raises ConfigError, showing the values, where they do not say it.
+    """
+    shown: Counter[str] = Counter()
+    kinds: Counter[Seen] = Counter()
+    for value in values:
+        seen = _seen(value, "probability")
+        if seen is not None:
+            shown[str(value)] += 1
+            kinds[seen] += 1
+    for coding in _LIKES:
+        if coding.proof and not coding.proof & kinds.keys():
+            continue
+        found = _outcomes(coding, kinds)
+        if found[None] <= _RARE * kinds.total():
+            neither = f", {found[0.5]} neither" if found[0.5] else ""
+            summary = f"read as {coding.words}; {found[1.0]} images are liked, {found[0.0]} are not{neither}"
+            return Labels(coding, "probability", summary=summary)
+    raise ConfigError(
+        f"the values of {column!r} do not say which images are liked: {_shown(shown)}. Known are true and false, 1 and "
+        "0, 1 and -1, and words such as good and bad, yes and no, like and dislike, up and down. Write one of them into "
+        "the column"
+    )
+
+
+def _outcomes(coding: _Coding, kinds: Counter[Seen]) -> Counter[float | None]:
+    """Count what values come to in a coding; None: they are not of it."""
+    found: Counter[float | None] = Counter()
+    for seen, count in kinds.items():
+        found[0.5 if seen[0] == "tie" else coding.read(seen)] += count
+    return found
 
 
 def _is_one_number(kinds: Counter[Seen]) -> bool:
@@ -131,15 +175,19 @@ def _summary(words: str, found: Counter[float | None]) -> str:
 
 
 def _refusal(column: str, values: Counter[str]) -> str:
-    shown = ", ".join(f"{count} x {value[:40]}" for value, count in values.most_common(_MOST_SHOWN))
-    more = ", ..." if len(values) > _MOST_SHOWN else ""
     only = ", and one value alone does not say what it counts from" if len(values) == 1 else ""
     return (
-        f"the values of {column!r} do not say which image is better: {shown}{more}{only}. Known are a probability "
+        f"the values of {column!r} do not say which image is better: {_shown(values)}{only}. Known are a probability "
         "from 0 to 1 that the first is, true and false, -1 and 1, 1 and 2, left and right, first and second, a and b, "
         "image_0 and image_1, ids and models of the two images, tie; or data.label_meaning=winner_index, 0 for the "
         "first. Write one of them into the column"
     )
+
+
+def _shown(values: Counter[str]) -> str:
+    """Return the commonest values with their numbers."""
+    shown = ", ".join(f"{count} x {value[:40]}" for value, count in values.most_common(_MOST_SHOWN))
+    return shown + (", ..." if len(values) > _MOST_SHOWN else "")
 
 
 def _seen(value: Any, meaning: Meaning) -> Seen | None:
@@ -160,7 +208,7 @@ def _seen(value: Any, meaning: Meaning) -> Seen | None:
     word = match.group(1) if match else text
     if word.isdigit():
         return "index", float(word)
-    return ("side", _SIDES[word]) if word in _SIDES else ("text", text)
+    return ("side", _SIDES[word]) if word in _SIDES else ("text", re.sub(r"[ -]", "_", text))
 
 
 def _by_names(value: Any, pairs: Sequence[Names]) -> float | None:

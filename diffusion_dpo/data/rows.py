@@ -60,11 +60,18 @@ def make_pair(
 
 
 def make_labelled_image(where: str, prompt: Any, image: Any, label: Any, *, source: str) -> PreferencePair | Dropped:
-    """Return a single image with `label`, whether it is liked, as a pair whose other side is empty."""
+    """Return a single image with `label`, whether it is liked, as a pair whose other side is empty.
+
+    Of the probability that it is liked, as `labels.Labels` reads it, 0.5 is neither.
+    """
     prompt = prompt_text(prompt)
     fault = prompt_fault(prompt)
     if fault:
         return Dropped(where, fault)
+    if isinstance(label, Unusable):
+        return Dropped(where, str(label))
+    if label == 0.5:
+        return Dropped(where, "neither liked nor disliked", broken=False)
     if label not in (0, 1, False, True):
         return Dropped(where, "no label" if label is None else "the label is neither true nor false")
     try:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.captions import CAPTION_SUFFIXES
-from diffusion_dpo.data.columns import spelling
+from diffusion_dpo.data.columns import BETTER, WORSE, spelling
 from diffusion_dpo.data.embedded import read_caption, read_embedded
 from diffusion_dpo.data.holding import Holding, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
@@ -24,29 +24,6 @@ from diffusion_dpo.data.text import decode_text
 
 CAPTIONS = "captions.jsonl"
 _SIDES = ("chosen", "rejected")
-_BETTER = (
-    *(
-        "chosen",
-        "w",
-        "win",
-        "wins",
-        "winner",
-        "winners",
-        "won",
-        "good",
-        "better",
-        "best",
-        "preferred",
-        "liked",
-        "like",
-    ),
-    *("accepted", "positive", "pos"),
-)
-_WORSE = (
-    *("rejected", "reject", "l", "lose", "loses", "loser", "losers", "lost", "bad", "worse", "worst", "dispreferred"),
-    *("unpreferred", "not_preferred", "disliked", "dislike", "negative", "neg"),
-)
-"""Names of folders that say which images are better; kohya's are w and l."""
 _SHOWN = 3
 _NO_CAPTION = "no caption"
 _FOLDER_NAME = r"^[^/\\]+$"
@@ -294,7 +271,7 @@ def _two_sides(folders: Mapping[str, set[str]]) -> tuple[str, str] | None:
     """
     if folders.keys() >= set(_SIDES):
         return _SIDES
-    better, worse = ([name for name in folders if name.lower() in known] for known in (_BETTER, _WORSE))
+    better, worse = ([name for name in folders if name.lower() in known] for known in (BETTER, WORSE))
     if len(better) != 1 or len(worse) != 1 or not folders[better[0]] & folders[worse[0]]:
         return None
     return better[0], worse[0]

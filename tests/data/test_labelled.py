@@ -65,7 +65,7 @@ def test_a_liked_image_is_chosen_and_a_disliked_one_rejected(label: object, like
     "prompt, image, label, reason",
     [
         ("a cat", A, None, "no label"),
-        *[("a cat", A, it, "the label is neither true nor false") for it in ("True", "false", "1", 2, -1, 0.5, [1])],
+        *[("a cat", A, it, "the label is neither true nor false") for it in ("True", "false", "1", 2, -1, [1])],
         ("a cat", A, float("nan"), "the label is neither true nor false"),
         ("a cat", None, True, "image: no image"),
         ("a cat", b"", False, "image: no image"),
@@ -118,7 +118,7 @@ def test_broken_lines_of_a_folder_are_named_and_the_others_stay(tmp_path: Path):
         line(True),
         "",
         "{oops",
-        line("True", image="b.jpg"),
+        line("True", image="b.jpg", prompt="a dog"),
         line(None, image="b.jpg"),
         line(True, image="d.jpg"),
         line(True, image="../a.jpg"),
@@ -128,7 +128,6 @@ def test_broken_lines_of_a_folder_are_named_and_the_others_stay(tmp_path: Path):
     )
     assert drops(path) == {
         "metadata.jsonl line 3": "not valid JSON",
-        "metadata.jsonl line 4": "the label is neither true nor false",
         "metadata.jsonl line 5": "no label",
         "metadata.jsonl line 6: d.jpg": "image: no such file",
         "metadata.jsonl line 7: ../a.jpg": "image: the file name leaves the folder",
@@ -138,6 +137,7 @@ def test_broken_lines_of_a_folder_are_named_and_the_others_stay(tmp_path: Path):
     assert LabelledData(path=path).num_rows() == 9
     assert [it.where for it in survey(LabelledData(path=path)).records] == [
         "metadata.jsonl line 1",
+        "metadata.jsonl line 4",
         "metadata.jsonl line 10",
     ]
 
@@ -152,11 +152,47 @@ def test_broken_rows_of_parquet_are_named_and_the_others_stay(tmp_path: Path):
     }
 
 
-def test_words_are_no_labels_in_parquet_either(tmp_path: Path):
-    rows = [("x", A, "True"), ("x", B, "False"), ("x", C, "1")]
-    path = parquet(tmp_path / "a.parquet", *rows)
-    assert set(drops(path).values()) == {"the label is neither true nor false"}
-    assert survey(LabelledData(path=path)).broken_share == 1
+@pytest.mark.parametrize(
+    "labels, liked",
+    [
+        (["1", "0", "1"], [True, False, True]),
+        (["True", "false", "TRUE"], [True, False, True]),
+        ([1, -1, -1], [True, False, False]),
+        ([-1.0, 0.0, 1.0], [False, None, True]),
+        (["-1", "-1", "1"], [False, False, True]),
+        (["Good", "bad", "good"], [True, False, True]),
+        (["yes", "No", "neither"], [True, False, None]),
+        (["like", "dislike", None], [True, False]),
+        (["thumbs up", "thumbs_down", "thumbs-up"], [True, False, True]),
+    ],
+)
+@pytest.mark.parametrize("as_text", [False, True])
+def test_all_labels_together_say_which_images_are_liked(tmp_path: Path, labels: list, liked: list, as_text: bool):
+    """-1 is not liked, and no broken row; a label that is neither costs nothing."""
+    path = parquet(
+        tmp_path / "a.parquet", *(("a cat", it, label) for it, label in zip((A, B, C), labels, strict=True))
+    )
+    if as_text:
+        lines = ("" if it is None else it for it in labels)
+        rows = "".join(f"a cat,{name}.jpg,{it}\n" for name, it in zip("abc", lines, strict=True))
+        path = folder(tmp_path / "d")
+        (path / "metadata.jsonl").unlink()
+        (path / "metadata.csv").write_text(f"prompt,image,label\n{rows}")
+    rows = list(LabelledData(path=path).read())
+    assert [bool(it.chosen) for it in rows if isinstance(it, PreferencePair)] == [it for it in liked if it is not None]
+    neither = [it.reason for it in rows if isinstance(it, Dropped) and not it.broken]
+    assert neither == ["neither liked nor disliked"] * liked.count(None)
+
+
+@pytest.mark.parametrize(
+    "labels, shown", [([1, 2, 2], "2 x 2, 1 x 1"), ([3, 5, 1], "1 x 3"), (["cat", "dog", "cat"], "2 x cat, 1 x dog")]
+)
+def test_labels_that_do_not_say_what_is_liked_are_shown(tmp_path: Path, labels: list, shown: str):
+    path = parquet(
+        tmp_path / "a.parquet", *(("a cat", it, label) for it, label in zip((A, B, C), labels, strict=True))
+    )
+    with pytest.raises(ConfigError, match=f"the values of 'label' do not say which images are liked: {shown}"):
+        list(LabelledData(path=path).read())
 
 
 def test_a_column_that_is_not_there_is_an_error_with_the_nearest_name(tmp_path: Path):
