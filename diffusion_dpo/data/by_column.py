@@ -183,7 +183,15 @@ def _rows(file: Path, columns: Columns) -> Iterator[tuple[str, dict[str, Any] | 
 
     if is_text(file):
         for where, row in _read_text(file, columns.required):
-            yield where, row if isinstance(row, str) else row | _images(file.parent, row, columns)
+            if isinstance(row, str):
+                yield where, row
+                continue
+            images = _images(file.parent, row, columns)
+            missing = next((row[name] for name, it in images.items() if isinstance(it, Unusable)), "")
+            yield (
+                f"{where}: {missing}" if isinstance(missing, str) and 0 < len(missing) < _LONGEST_NAME else where,
+                row | images,
+            )
         return
     names = [name for pair in columns.names(shards.column_names(file)) for name in pair]
     yield from shards.located_rows(file, list(dict.fromkeys([*columns.required, *names])))

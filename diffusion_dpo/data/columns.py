@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROMPT = ("prompt", "text", "caption", "prompts", "captions")
+PROMPT = (
+    *("prompt", "text", "caption", "prompts", "captions", "text_prompt", "prompt_text", "image_prompt", "description"),
+)
 """The columns that a prompt is found in, in whatever case; the first that is there."""
 _SPELLINGS = {
     "prompt": PROMPT,
@@ -34,7 +36,7 @@ WORSE = (
     *("rejected", "reject", "l", "lose", "loses", "loser", "losers", "lost", "bad", "worse", "worst", "dispreferred"),
     *("unpreferred", "not_preferred", "disliked", "dislike", "negative", "neg"),
 )
-"""Words that say of an image, or of a folder of images, that it is the better or the worse one; kohya's are w and l."""
+"""Words that say of an image, or of a folder of images, which one it is; kohya's are w and l."""
 
 
 def spellings(key: str) -> tuple[str, ...]:

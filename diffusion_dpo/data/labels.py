@@ -1,10 +1,8 @@
-"""What the values of a label say, decided once from all values of the column: which of two images is better, or whether
-a single one is liked.
-"""
+"""What the values of a label say, decided once from all of them: which of two images is better, or if one is liked."""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +41,7 @@ class _Coding:
     proof: frozenset[Seen] = frozenset()
 
 
-def _table(kind: str, values: dict[float, float]) -> Callable[[Seen], float | None]:
+def _table(kind: str, values: Mapping[Any, float]) -> Callable[[Seen], float | None]:
     return lambda seen: values.get(seen[1]) if seen[0] == kind else None
 
 
@@ -139,9 +137,9 @@ def read_likes(column: str, values: Iterable[Any]) -> Labels:
             summary = f"read as {coding.words}; {found[1.0]} images are liked, {found[0.0]} are not{neither}"
             return Labels(coding, "probability", summary=summary)
     raise ConfigError(
-        f"the values of {column!r} do not say which images are liked: {_shown(shown)}. Known are true and false, 1 and "
-        "0, 1 and -1, and words such as good and bad, yes and no, like and dislike, up and down. Write one of them into "
-        "the column"
+        f"the values of {column!r} do not say which images are liked: {_shown(shown)}. Known are true and false, "
+        "1 and 0, 1 and -1, and words such as good and bad, yes and no, like and dislike, up and down. Write one of "
+        "them into the column"
     )
 
 

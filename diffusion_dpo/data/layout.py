@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-PROMPTS = ("prompt", "caption", "text", "text_prompt", "prompt_text", "image_prompt", "description")
-"""The names of a column of prompts, the likeliest first."""
+from diffusion_dpo.data.columns import spelling
+
 _EQUALS = (("0", "1"), ("1", "2"), ("a", "b"), ("left", "right"), ("first", "second"))
 _RANKED = (
     *(("chosen", "rejected"), ("winner", "loser"), ("win", "lose"), ("w", "l"), ("preferred", "dispreferred")),
@@ -55,7 +55,7 @@ def find_settings(columns: Collection[str], *, files: bool = False) -> dict[str,
 
     `files`: the images are names of files, not bytes.
     """
-    prompt = next((name for name in PROMPTS if name in columns), None)
+    prompt = spelling("prompt", columns)
     image_words = _IMAGE | _FILE if files else _IMAGE
     found: dict[str, Any] = {"prompt_column": prompt}
     for sides, ranked in ((_RANKED, True), (_EQUALS, False)):
@@ -91,13 +91,13 @@ def describe_nearest(columns: Collection[str]) -> str:
     images = [it for sides in (_RANKED, _EQUALS) for it in _pairs(columns, sides) if it.rest <= _IMAGE | _FILE]
     if images:
         first, second = min(images, key=_by_shortness).names
-        if not any(name in columns for name in PROMPTS):
+        if spelling("prompt", columns) is None:
             return f"{first} and {second} look like two images, and there is no prompt: data.prompt_column names it"
         return (
             f"{first} and {second} look like two images, and no column says which is better: data.label_column, "
             "data.votes_columns or data.score_columns names it"
         )
-    if any(name in columns for name in PROMPTS):
+    if spelling("prompt", columns):
         return "there is a prompt, and no two columns whose names differ only in the side, such as image_0 and image_1"
     return ""
 

@@ -104,11 +104,6 @@ def _tokens(path: PurePosixPath) -> Tokens:
     return tuple("#" if word.isdigit() else word for word in words)
 
 
-def _nearest(file: PurePosixPath, beside: Mapping[PurePosixPath, set[Tokens]]) -> str:
-    names = (_split(path, beside[path.parent]) for path in (file, *file.parents[:-1]))
-    return next((name for name in names if name), "")
-
-
 def _split(path: PurePosixPath, beside: set[Tokens]) -> str:
     tokens = _tokens(path)
     words = [token for token in tokens if token not in ("#", "partial")]

@@ -104,8 +104,9 @@ def _row(tar: tarfile.TarFile, sample: Sample, columns: Sequence[str]) -> dict[s
     row: dict[str, Any] = {"__key__": sample.key}
     facts: dict[str, Any] = {}
     for name, place in sample.members.items():
-        stem, _, kind = name.rpartition(".")
-        column = stem or ("image" if kind in _IMAGES else _PLAIN.get(kind, kind))
+        stem, _, last = name.rpartition(".")
+        kind, _, side = last.partition("_")  # jpg_0 holds a JPEG, and the column keeps its name
+        column = stem or (last if side else "image" if kind in _IMAGES else _PLAIN.get(kind, kind))
         if kind not in (*_IMAGES, *_TEXTS, "json"):
             continue
         if place is None:

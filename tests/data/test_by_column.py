@@ -359,8 +359,8 @@ def test_rows_of_json_name_files_or_hold_base64(tmp_path: Path) -> None:
     assert source.num_rows() == 3
     assert isinstance(first, PreferencePair) and (first.chosen, first.rejected) == (B, A)
     assert first.chosen_origin == {"position": 1, "model": "n"}
-    assert second == Dropped("metadata.jsonl line 2", "rejected: no such file")
-    assert third == Dropped("metadata.jsonl line 3", "chosen: the file name leaves the folder")
+    assert second == Dropped("metadata.jsonl line 2: c.jpg", "rejected: no such file")
+    assert third == Dropped("metadata.jsonl line 3: ../a.jpg", "chosen: the file name leaves the folder")
     before = source.stamp()
     (tmp_path / "b.jpg").write_bytes(C + b" ")
     assert source.stamp() != before, "the files that rows name count"

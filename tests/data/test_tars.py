@@ -65,6 +65,13 @@ def test_members_of_one_name_are_one_row(tmp_path: Path, name: str, mode: str) -
     assert third == Dropped(f"{name} README", "no prompt")
 
 
+def test_the_side_of_an_image_may_stand_in_its_suffix(tmp_path: Path) -> None:
+    """`000.jpg_0` and `000.jpg_1`, as Pick-a-Pic's rows become in a WebDataset."""
+    rows = [(f"{i}.{name}", it) for i in (0, 1) for name, it in (("jpg_0", A), ("jpg_1", B), ("txt", f"p{i}"))]
+    tar(tmp_path / "a.tar", [*rows, ("0.json", {"label_0": 1}), ("1.json", {"label_0": 0})])
+    assert [(it.prompt, it.chosen) for it in pairs_of(tmp_path)] == [("p0", A), ("p1", B)]
+
+
 def test_a_missing_partner_and_a_name_that_is_there_twice_cost_their_row(tmp_path: Path) -> None:
     members: list[tuple[str, bytes | str | dict]] = []
     for key in ("a", "b", "c", "d"):
