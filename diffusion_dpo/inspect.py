@@ -42,7 +42,8 @@ def run(config: InspectConfig) -> Path:
         say(f"contact sheet: {folder / SHEET}")
     say(f"page: {folder / PAGE}")
     if not found.next_command:
-        raise ConfigError(f"nothing of {path} can be used: every row was dropped, for the reasons above; fix the rows")
+        why = "every row was dropped, for the reasons above; fix the rows" if found.dropped else "it has no rows"
+        raise ConfigError(f"nothing of {path} can be used: {why}")
     say(f"next: {found.next_command}")
     return folder / PAGE
 

@@ -1,6 +1,7 @@
 """The prompts that lie beside images: in metadata of the folder, in a text file or a JSON file of an image's name."""
 
 import json
+import re
 from posixpath import dirname, join, splitext
 from typing import Any
 
@@ -13,7 +14,8 @@ from diffusion_dpo.data.tables import prompt_value, text_column
 from diffusion_dpo.data.text import decode_text
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "captions.jsonl")
+_METADATA = re.compile(r"(metadata|meta|captions|prompts)\.(jsonl|json|csv|tsv|parquet)")
+"""The names of files that hold the prompts of many images."""
 FILE_NAMES = ("file_name", "image_file_name", "file", "filename", "image")
 """Columns that name an image; the first is the standard of Hugging Face's image folders."""
 
@@ -30,7 +32,7 @@ class Captions:
         self.sources: set[str] = set()
         """The files with prompts of many images."""
         for name in listing.files:
-            if name.rpartition("/")[2] in _METADATA and self._read_metadata(name):
+            if _METADATA.fullmatch(name.rpartition("/")[2]) and self._read_metadata(name):
                 self.sources.add(name)
 
     def of(self, image: str) -> Embedded | None:

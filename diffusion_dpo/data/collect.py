@@ -58,13 +58,13 @@ def collect(
     if found.broken_share > max_broken_share:
         raise ConfigError(
             f"{found.broken_share:.0%} of the {total} rows of {name} are broken, more than max_broken_share = "
-            f"{max_broken_share:g}; mend them, or raise max_broken_share:\n"
+            f"{max_broken_share:g}; fix them, or raise max_broken_share:\n"
             + "\n".join(describe_drops(drop for drop in dropped if drop.broken))
         )
     lines = list(describe_drops(dropped))
     if not len(found):
         why = f"all {total} rows were dropped:\n" + "\n".join(lines) if total else "it has no rows"
-        raise ConfigError(f"no pairs are left of {name}: {why}")
+        raise ConfigError(f"no pairs are left from {name}: {why}")
     for line in source.left_out() if indexed is None else ():
         say(f"left out: {line}")
     say(f"{len(found)} pairs of {total} rows of {name}" + (", as indexed before" if indexed else ""))

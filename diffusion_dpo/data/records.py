@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from diffusion_dpo.config import ConfigError
@@ -88,7 +88,7 @@ class RecordData(FileData):
         used = {os.path.normpath(str(file).replace("\\", "/")) for file in (*every.files(), *every._named())}
         rest = [file for file in walk(self.path) if os.path.normpath(self.path / file) not in used]
         images = [str(file) for file in rest if file.suffix.lower() in IMAGE_SUFFIXES]
-        rows = [str(file) for file in rest if file.stem == METADATA and file.suffix.lower() in ROWS]
+        rows = [str(file) for file in rest if _may_hold_rows(file)]
         lines += [f"{counted(len(images), 'image')} that no row names ({some(images)})"] if images else []
         return lines + ([f"{some(rows)}: {self.files()[0].name} is read"] if rows else [])
 
@@ -157,6 +157,13 @@ class RecordData(FileData):
                 return found
             fault = found if fault == MISSING else fault
         return fault
+
+
+def _may_hold_rows(file: PurePosixPath) -> bool:
+    """Whether a file that is not read may hold rows, too: other metadata, and tables with images inside."""
+    from diffusion_dpo.data import shards
+
+    return (file.stem == METADATA and file.suffix.lower() in ROWS) or shards.is_table(Path(file))
 
 
 def read_rows(file: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -82,15 +82,24 @@ class TwoFoldersData(PairSource):
 
     @classmethod
     def recognise(cls, found: Holding) -> dict[str, Any] | None:
-        """See PairSource: two folders beside each other whose names say which one is better, in one way only."""
+        """See PairSource: two folders beside each other whose names say which one is better.
+
+        Raises ConfigError where they say it under several names.
+        """
         stems: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
         for file in found.files if found.table is None else ():
             if file.suffix.lower() in IMAGE_SUFFIXES:
                 for i, folder in enumerate(file.parts[:-1]):
                     stems["/".join(file.parts[:i])][folder].add(splitext("/".join(file.parts[i + 1 :]))[0])
         names = {both for folders in stems.values() if (both := _two_sides(folders))}
-        if len(names) != 1:
+        if not names:
             return None
+        if len(names) > 1:
+            listed = " and ".join(f"{chosen}/ with {rejected}/" for chosen, rejected in sorted(names))
+            raise ConfigError(
+                f"{found.path} holds folders of better and worse images under several names: {listed}; rename them "
+                "alike, or name two with data.type=two_folders data.chosen_dir=... data.rejected_dir=..."
+            )
         chosen, rejected = names.pop()
         return {} if (chosen, rejected) == _SIDES else {"chosen_dir": chosen, "rejected_dir": rejected}
 

@@ -103,7 +103,7 @@ def look_at_candidates(path: Path, num_images: int, prompt_column: str | None = 
             *prompt_warnings({it.prompt: it.where for it in reversed(seen) if it.prompt}),
         ),
         dropped=tuple(dropped),
-        next_command=command("pair" if facts else "score", {"path": str(path)} | column),
+        next_command=command("pair" if facts else "score", {"path": str(path)} | column) if seen else "",
         sheets=(Sheet("Examples", blocks),) if blocks else (),
         sides=("images", ""),
         scores=tuple(Scores(name, np.array(it, dtype=float), np.empty(0)) for name, it in values.items()),

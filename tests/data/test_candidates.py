@@ -112,11 +112,15 @@ def test_a_caption_is_found_wherever_it_lies_and_comes_before_what_is_inside(tmp
     assert find_candidates(tmp_path).left_out == {}
 
 
-@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "captions.csv", "metadata.tsv", "prompts.json"])
 @pytest.mark.parametrize("column", ["text", "caption", "my words"])
 def test_metadata_name_the_prompts(tmp_path: Path, name: str, column: str) -> None:
     rows = [("a.png", 'one, "quoted"'), ("b.png", "two"), ("gone.png", "three")]
-    if name.endswith("csv"):
+    if name.endswith("tsv"):
+        lines = [f"file_name\t{column}", *("\t".join(row) for row in rows)]
+    elif name.endswith(".json"):
+        lines = [json.dumps([{"filename": file, column: text} for file, text in rows])]
+    elif name.endswith("csv"):
         lines = [f"file_name,{column},x", *('{},"{}",0'.format(file, text.replace('"', '""')) for file, text in rows)]
     else:
         lines = [json.dumps({"file_name": file, column: text}) for file, text in rows]

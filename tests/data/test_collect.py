@@ -122,7 +122,7 @@ def test_unwanted_rows_are_not_broken():
             [Dropped(f"row {i}", "tie", broken=False) for i in range(5)],
             r"(?s)all 5 rows .*5 x tie \(row 0, row 1, row 2, ...\)",
         ),
-        ([], "no pairs are left of the data .*: it has no rows"),
+        ([], "no pairs are left from the data .*: it has no rows"),
         ([("x", A, A, 1)], "(?s)all 1 rows .*1 x chosen and rejected are the same image"),
     ],
 )

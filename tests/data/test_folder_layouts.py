@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from diffusion_dpo.config import ConfigError
@@ -111,9 +113,10 @@ def test_a_link_out_of_the_folder_is_named_and_followed_into_images_dir_alone(tm
 def test_what_no_row_names_is_left_out_by_name(tmp_path: Path) -> None:
     files = {"a.jpg": A, "b.jpg": B, "c.jfif": A, "d.heic": b"x", "metadata.jsonl": json.dumps(row()), "notes.md": "x"}
     root = write(tmp_path, {**files, "metadata.csv": CSV})
+    pq.write_table(pa.table({"prompt": ["x"], "chosen": [A], "rejected": [B]}), root / "more.parquet")
     assert source_at(root).left_out() == [
         "2 images that no row names (c.jfif, d.heic)",
-        "metadata.csv: metadata.jsonl is read",
+        "metadata.csv, more.parquet: metadata.jsonl is read",
     ]
 
 
@@ -149,12 +152,18 @@ def test_two_folders_whose_names_say_which_is_better(better: str, worse: str, su
         ("positive/a.jpg", "negative/b.jpg"),  # classes of images that have nothing to do with each other
         ("good/a.jpg", "better/a.jpg", "bad/a.jpg"),  # which two?
         ("good/a.jpg", "other/a.jpg"),
-        ("w/a.jpg", "l/a.jpg", "more/good/a.jpg", "more/bad/a.jpg"),
     ],
 )
 def test_folders_that_do_not_say_it_in_one_way_are_no_pairs(names: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds candidates, and preference pairs are needed"):
         source_at(write(tmp_path, dict.fromkeys(names, A)))
+
+
+def test_two_folders_under_several_names_are_refused_with_the_names(tmp_path: Path) -> None:
+    """As candidates they would be judged again, and what was preferred would be lost."""
+    write(tmp_path, dict.fromkeys(("w/a.jpg", "l/a.jpg", "more/good/a.jpg", "more/bad/a.jpg"), A))
+    with pytest.raises(ConfigError, match="under several names: good/ with bad/ and w/ with l/; rename them"):
+        source_at(tmp_path)
 
 
 def test_folders_and_suffix_are_settings(tmp_path: Path) -> None:

@@ -164,6 +164,22 @@ def test_data_of_which_nothing_is_left_is_an_error_of_the_right_kind(tmp_path: P
     assert f"nothing of {path} can be used" in captured.err
 
 
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        ({"prompt": ["x"], "image": [b"no image"]}, "every row was dropped"),
+        ({"prompt": [], "chosen": [], "rejected": []}, "it has no rows"),
+    ],
+)
+def test_nothing_of_candidates_or_no_rows_at_all_is_an_error_too(
+    columns: dict[str, list], why: str, tmp_path: Path, capsys
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert main(["inspect", str(tmp_path / "a.parquet"), f"output_dir={tmp_path / 'out'}"]) == 2
+    captured = capsys.readouterr()
+    assert "next:" not in captured.out and f"can be used: {why}" in captured.err
+
+
 def test_inspect_names_the_share_that_training_would_refuse(tmp_path: Path, capsys) -> None:
     path = rows(images(tmp_path / "d", "a.jpg", "b.jpg") / "metadata.jsonl", PAIR, {**PAIR, "chosen": "c.jpg"}).parent
     assert main(["inspect", str(path), f"output_dir={tmp_path / 'out'}"]) == 0
