@@ -5,7 +5,6 @@ import functools
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,7 @@ def make_config(model: Path, pairs: Path, output_dir: Path, *overrides: str) -> 
         "preview.sampling.num_inference_steps=2",
         "preview.prompts=[abc]",
     ]
-    return load(TrainConfig, None, last_wins([*common, *overrides]))
-
-
-def last_wins(settings: Sequence[str]) -> list[str]:
-    """Leave out the settings that a later one sets again, or sets the whole block of, which `load` refuses."""
-    keys = [text.partition("=")[0] for text in settings]
-    return [
-        text
-        for number, (text, key) in enumerate(zip(settings, keys, strict=True))
-        if not any(f"{key}.".startswith(f"{later}.") for later in keys[number + 1 :])
-    ]
+    return load(TrainConfig, None, [*common, *overrides])
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ from peft.utils import get_peft_model_state_dict
 from diffusion_dpo import export
 from diffusion_dpo.config import load
 from diffusion_dpo.settings import ExportConfig
-from tests.runs import last_wins
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_in", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv"]
@@ -60,7 +59,7 @@ def lora(*targets: str, **settings: Any) -> LoraConfig:
 
 def run(model: Made, out: Path, *overrides: str) -> Path:
     settings = [f"adapter_path={model.folder}", f"pretrained={model.base}", f"output_dir={out}", *overrides]
-    return export.run(load(ExportConfig, None, last_wins(settings)))
+    return export.run(load(ExportConfig, None, settings))
 
 
 def load_plainly(model: Made, out: Path, format_: str) -> Any:

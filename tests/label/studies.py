@@ -10,7 +10,6 @@ from diffusion_dpo.config import load
 from diffusion_dpo.data.images import pixel_hash
 from diffusion_dpo.data.shards import CANDIDATES, encode_png, image_struct, write_shard
 from diffusion_dpo.settings import LabelConfig
-from tests.runs import last_wins
 
 TOKEN = "a-token-of-the-tests"
 
@@ -46,4 +45,4 @@ def make_config(root: Path, *overrides: str, prompts: Sequence[str] = (), per_pr
     if not (root / "candidates").exists():
         write_candidates(root / "candidates", prompts or [f"prompt {i}" for i in range(12)], per_prompt=per_prompt)
     common = [f"path={root / 'candidates'}", f"output_dir={root / 'label'}", f"token={TOKEN}", "repeat_share=0"]
-    return load(LabelConfig, None, last_wins([*common, *overrides]))
+    return load(LabelConfig, None, [*common, *overrides])
