@@ -39,6 +39,8 @@ from diffusion_dpo.settings import CompareConfig
 if TYPE_CHECKING:
     import torch
 
+_LAYOUT = 2
+"""Of what a comparison is known by; a folder of another one is not continued."""
 WIN_RATES = (0.55, 0.6, 0.7)
 """The report says how many prompts would show these."""
 
@@ -104,6 +106,7 @@ def _identity(config: CompareConfig, prompts: Sequence[Prompt], dtype: "torch.dt
         "baseline": identity_of(config.baseline),
         "prompts": digest,
         "precision": str(dtype).removeprefix("torch."),
+        "layout": _LAYOUT,
     }
 
 
@@ -158,7 +161,7 @@ def _report(
         methods=METHODS,
         made_with={
             "command": shlex.join(["diffusion-dpo", "compare", f"{shown(config.output_dir)}/config.yaml"]),
-            **identity,
+            **{name: value for name, value in identity.items() if name != "layout"},
             "models": {compared.name: scrub(compared.model.model_dump(mode="json")) for compared in lineup},
             "device": device.type,
             "scorers": {scorer.metrics[0].name: scorer.fingerprint() for scorer in config.scorers},

@@ -23,6 +23,8 @@ _EXCHANGE, _HERE = 2, -100
 _HASH = re.compile(r"[0-9a-f]{12,}")
 _PLACES = ("path", "data")
 """By which the folders of `score` and `label` went in earlier versions; today by what lies there."""
+_LAYOUT = "layout"
+"""What of an identity is a number that a verb raises when the rest of its identity, or its files, become others."""
 _MAX_SHOWN = 48
 """Characters of a value in a message."""
 _PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
@@ -227,6 +229,11 @@ def finish(folder: Path, made_by: str, identity: dict[str, Any], **facts: Any) -
 
 def _refuse_changes(folder: Path, before: Any, now: dict[str, Any], way_on: str) -> None:
     known = before if isinstance(before, dict) else {}
+    if known.get(_LAYOUT) != now.get(_LAYOUT):
+        raise ConfigError(
+            f"{folder} was made by another version of diffusion-dpo, which tells runs apart by other facts. Go on "
+            f"with it in that version, or {way_on}"
+        )
     lines = list(_differences({key: known[key] for key in known if key in now or key not in _PLACES}, now))
     if lines:
         raise ConfigError(

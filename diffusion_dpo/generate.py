@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
+_LAYOUT = 2
+"""Of what a folder of candidates is known by; one of another is not continued."""
+
 
 @dataclass(frozen=True)
 class _Candidate:
@@ -151,6 +154,7 @@ def _identity(config: GenerateConfig, sources: Sequence[Source], prompts: Sequen
             variant["model"] = identity_of(source.model)
     return decisive | {
         "model": identity_of(config.model),
+        "layout": _LAYOUT,
         "prompts": _hash(repr([(p.id, p.text, [_hash(r.hex()) for r in p.references]) for p in prompts])),
     }
 

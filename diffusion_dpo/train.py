@@ -62,6 +62,8 @@ _NOT_IDENTITY: Any = {
     "cache_dir": True,
     "output_dir": True,
 }
+_LAYOUT = 2
+"""Of what a run is known by, and of its checkpoints; a run of another one is not continued."""
 _STEP_ZERO_TOLERANCE = 1e-3
 _MAX_PROMPT_HASHES = 100_000
 
@@ -113,6 +115,7 @@ def _run(
         "base_weights": model.base_hash,
         "encoders": model.encoder_hash,
         "data": {"content": data.fingerprint, "num_rows": len(data)},
+        "layout": _LAYOUT,
     }
     found = _stands_on(config, data)
     way_on = f"train on from its result: output_dir=ANOTHER model.adapter_path={shlex.quote(str(config.output_dir))}"

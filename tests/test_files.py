@@ -45,6 +45,17 @@ def test_a_refusal_names_what_differs_and_the_way_to_go_on(
     made(tmp_path, before)  # which is still its run
 
 
+def test_a_folder_of_another_version_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Not with all that it was known by then, as if that had been changed."""
+    made(tmp_path, {"seed": 0, "data": {"path": "pairs"}})
+    with pytest.raises(ConfigError) as caught, claim(tmp_path, "train", {"seed": 0, "layout": 2}, way_on="train on"):
+        pass
+    assert str(caught.value) == (
+        f"{tmp_path} was made by another version of diffusion-dpo, which tells runs apart by other facts. Go on with "
+        "it in that version, or train on"
+    )
+
+
 def test_scores_and_votes_of_earlier_versions_go_on(tmp_path: Path) -> None:
     """Their manifests named the place of the images."""
     made(tmp_path, {"path": "runs/candidates", "data": None, "seed": 0})
