@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from diffusion_dpo.card import write_environment
-from diffusion_dpo.card.public import scrub, shown
+from diffusion_dpo.card.public import scrub
 from diffusion_dpo.comparing import Compared, Wall
 from diffusion_dpo.comparing.drawing import draw_all
 from diffusion_dpo.comparing.judging import Distances, judge, judge_shares, refuse_unusable
@@ -27,7 +27,7 @@ from diffusion_dpo.console import say, show, warn
 from diffusion_dpo.data.prompts import Prompt, read_prompts, refuse_foreign_defaults
 from diffusion_dpo.data.votes import read_votes
 from diffusion_dpo.device import pick_device, pick_dtype
-from diffusion_dpo.files import atomic_path, claim, finish
+from diffusion_dpo.files import atomic_path, claim, finish, shown
 from diffusion_dpo.pocket.world import is_held_out, parse_caption
 from diffusion_dpo.processes import Processes
 from diffusion_dpo.report import BASELINE, Gallery, MetricScores, ModelFacts, Pair, Report, Sign, signs, words

@@ -31,6 +31,11 @@ _PREAMBLE = {MANIFEST, "config.yaml", "environment.json", "cache"}
 """What a verb writes into its folder before it makes anything that is bound to its settings."""
 
 
+def shown(path: Path) -> str:
+    """Return a relative path as it is; of an absolute one, which tells of this machine, its last name."""
+    return path.name if path.is_absolute() else str(path)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary name in the same folder; on success it is fsynced and renamed to `path`, else removed."""

@@ -4,10 +4,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.data.prompts import Prompt
+from diffusion_dpo.files import shown
 from diffusion_dpo.settings import GenerateConfig, ImageModel, Sampling, Variant
 
 
@@ -87,11 +89,15 @@ def announce(sources: Sequence[Source], num_images_per_prompt: int) -> None:
 
 
 def describe(model: ImageModel) -> str:
-    """Return a model's name, and its adapter's with its strength."""
+    """Return a model's name, and its adapter's with its strength; of an absolute path the last name.
+
+    It becomes the origin of images, which their pairs keep, and which others read when those are exported.
+    """
+    name = shown(Path(model.pretrained))
     if model.adapter_path is None:
-        return model.pretrained
+        return name
     scale = "" if model.adapter_scale == 1 else f" x {model.adapter_scale:g}"
-    return f"{model.pretrained} + {model.adapter_path.name}{scale}"
+    return f"{name} + {model.adapter_path.name}{scale}"
 
 
 def _resolve(config: GenerateConfig, variant: Variant, number: int) -> Source:

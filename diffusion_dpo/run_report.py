@@ -7,11 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion_dpo.card.public import public_base, public_data, public_settings, shown
+from diffusion_dpo.card.public import public_base, public_data, public_settings
 from diffusion_dpo.card.text import lora_rank
 from diffusion_dpo.config import ConfigError, ForeignPlugin, load
 from diffusion_dpo.console import say
-from diffusion_dpo.files import atomic_path, read_manifest
+from diffusion_dpo.files import atomic_path, read_manifest, shown
 from diffusion_dpo.report.page import flatten
 from diffusion_dpo.report.readings import Findings, read
 from diffusion_dpo.report.training_log import Log, read_log

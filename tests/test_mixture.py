@@ -13,6 +13,7 @@ from PIL import Image
 from diffusion_dpo import generate
 from diffusion_dpo.config import ConfigError, load
 from diffusion_dpo.data.images import decode_rgb
+from diffusion_dpo.mixture import sources_of
 from diffusion_dpo.settings import GenerateConfig
 from tests.test_generate import rows_of
 
@@ -126,3 +127,14 @@ def test_a_mixture_goes_on_where_it_was_and_refuses_a_changed_variant(tmp_path: 
     assert [path.read_bytes() for path in shards] == [before[path][0] for path in shards]
     with pytest.raises(ConfigError, match="belongs to another run"):
         generate.run(make_config(tmp_path, mixture.replace("3", "4")))
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "name"),
+    [("/home/me/clients/acme", "acme"), ("owner/name", "owner/name"), ("models/acme", "models/acme")],
+)
+def test_an_origin_names_no_folder_of_this_machine(pretrained: str, name: str) -> None:
+    """It goes into pairs, and with them to whoever gets an export."""
+    config = load(GenerateConfig, None, [f"model.pretrained={pretrained}", "model.adapter_path=/home/me/run"])
+    (source,) = sources_of(config)
+    assert json.loads(source.origin("DDIMScheduler", 0))["model"] == f"{name} + run"

@@ -21,11 +21,6 @@ def public_name(name: str) -> str:
     return name if is_hub_id(name) or not name else Path(name).name
 
 
-def shown(path: Path) -> str:
-    """Return a relative path as it is; of an absolute one, which tells of this machine, its last name."""
-    return path.name if path.is_absolute() else str(path)
-
-
 def public_base(config: TrainConfig, facts: Mapping[str, Any]) -> str:
     """Return the base's hub id; of a local folder its name alone.
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from diffusion_dpo.card.public import shown
 from diffusion_dpo.data.candidates import Unit
 from diffusion_dpo.data.prompts import Prompt
+from diffusion_dpo.files import shown
 from diffusion_dpo.report import BASELINE
 from diffusion_dpo.settings import ImageModel
 
