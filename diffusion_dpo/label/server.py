@@ -72,8 +72,8 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
         _BadRequest: lambda request, error: _problem(error.status, str(error)),
         OSError: _disk_problem,
         ClientDisconnect: lambda request, error: Response(status_code=400),  # nobody is there to read it
-        404: lambda request, error: _problem(404, "there is no such page here"),
-        405: lambda request, error: _problem(405, "this page takes other requests"),
+        404: lambda request, error: site.refused(request, 404, "there is no such page here"),
+        405: lambda request, error: site.refused(request, 405, "this page takes other requests"),
     }
     inner = Starlette(routes=routes, exception_handlers=handlers)
 
@@ -85,8 +85,9 @@ def make_app(study: Study, folder: Path, *, token: str, hosts: frozenset[str]) -
                     headers.setdefault(name, value)
             await send(message)
 
-        refusal = _refusal(Request(scope), token, hosts) if scope["type"] == "http" else None
-        await (refusal or inner)(scope, receive, send_guarded)
+        request = Request(scope) if scope["type"] == "http" else None
+        why = request and _refusal(request, token, hosts)
+        await (site.refused(request, 403, why) if request and why else inner)(scope, receive, send_guarded)
 
     return guard
 
@@ -113,8 +114,14 @@ class _Site:
             lstrip_blocks=True,
         )
 
-    def page(self, template: str, **values: Any) -> Response:
-        return HTMLResponse(self.pages.get_template(template).render(words=words, **values))
+    def page(self, template: str, *, status: int = 200, **values: Any) -> Response:
+        return HTMLResponse(self.pages.get_template(template).render(words=words, **values), status)
+
+    def refused(self, request: Request, status: int, text: str) -> Response:
+        """Say why something is not given: on a page to whoever opens an address in a browser, else as JSON."""
+        if "text/html" not in request.headers.get("accept", ""):
+            return _problem(status, text)
+        return self.page("problem.html.j2", status=status, text=text)
 
     def state(self, rater: str) -> dict[str, Any]:
         tasks = self.study.tasks(rater, _AHEAD)
@@ -206,16 +213,16 @@ class _BadRequest(ValueError):  # noqa: N818 - it names the request
         self.status = status
 
 
-def _refusal(request: Request, token: str, hosts: frozenset[str]) -> Response | None:
+def _refusal(request: Request, token: str, hosts: frozenset[str]) -> str | None:
     """Return why a request is not answered, None where it is."""
     if request.headers.get("host", "").lower() not in hosts:
-        return _problem(403, "this address is not ours")
+        return "this address is not ours"
     origin = request.headers.get("origin")
     if request.method == "POST" and (origin is None or origin.partition("://")[2].lower() not in hosts):
-        return _problem(403, "a vote must come from our own page")
+        return "a vote must come from our own page"
     given = request.query_params.get("token") or request.cookies.get(_cookie("token", request), "")
     if not secrets.compare_digest(given.encode(), token.encode()):
-        return _problem(403, "open the address that `diffusion-dpo label` has printed, with its token")
+        return "open the address that `diffusion-dpo label` has printed, with its token"
     return None
 
 

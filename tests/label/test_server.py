@@ -61,6 +61,16 @@ def test_nothing_is_served_without_the_token(stranger: TestClient, path: str) ->
     assert stranger.get(path).status_code == 403
 
 
+@pytest.mark.parametrize(("address", "status"), [("/", 403), ("/?token=wrong", 403), (f"/no-page?token={TOKEN}", 404)])
+def test_a_browser_is_shown_a_page_that_says_why_it_gets_nothing(
+    stranger: TestClient, address: str, status: int
+) -> None:
+    answer = stranger.get(address, headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert answer.status_code == status and answer.headers["content-type"].startswith("text/html")
+    says = "There is no such page here" if status == 404 else "Open the address that `diffusion-dpo label` has printed"
+    assert f"<p>{says}" in answer.text and "/static" not in answer.text
+
+
 def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_do_not_have(stranger: TestClient) -> None:
     answer = stranger.get(f"/?token={TOKEN}")
     assert 'content="0; url=/"' in answer.text and TOKEN not in answer.text
