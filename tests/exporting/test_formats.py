@@ -171,7 +171,7 @@ def test_a_run_on_a_checkpoint_is_exported_as_one(bases: dict[str, Path], tmp_pa
 def test_what_a_base_is_said_to_predict_is_in_what_is_written(
     made: Callable[[str, str], Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its files say epsilon: with the setting, the folder says v, and so does the printed check; another is refused."""
+    """Its files say epsilon; with the setting the folder says v, as does the printed check, and another is refused."""
     model, says_v = made("sd", "plain"), "prediction_type=v_prediction"
     out = run(model, tmp_path / "out", "format=merged", says_v)
     assert json.loads((out / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
