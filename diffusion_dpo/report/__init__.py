@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from diffusion_dpo.config import Config
 
@@ -36,7 +36,13 @@ class MetricScores:
     """By model, where it is not `role`: what one was trained on may be new to another."""
 
 
-class MetricResult(Config):
+class _Written(Config):
+    """A part of report.json, whose schema describes every field."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class MetricResult(_Written):
     """One metric of one model. Differences are model minus baseline in the metric's own unit; wins are oriented."""
 
     name: str
@@ -88,7 +94,7 @@ class MetricResult(Config):
     """The same after Holm's correction over the main metrics of this model, on all prompts; null elsewhere."""
 
 
-class ModelFacts(Config):
+class ModelFacts(_Written):
     """A model of the comparison."""
 
     name: str
@@ -109,7 +115,7 @@ class ModelFacts(Config):
     """How many of the prompts were in the pairs that it was trained on, as far as is known."""
 
 
-class Sign(Config):
+class Sign(_Written):
     """A number that moves when a model learns to please its judge instead of drawing better."""
 
     model: str
@@ -128,7 +134,7 @@ class Sign(Config):
     """What it says, in plain words."""
 
 
-class Report(Config):
+class Report(_Written):
     """The content of report.json; `schema.json` beside this file is its JSON schema."""
 
     schema_version: Literal[2] = 2
