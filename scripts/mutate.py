@@ -51,7 +51,7 @@ CORE = {
     "strategies/*.py": ["strategies"],
     "models/lora_file.py": ["models/test_lora_file.py"],
     "models/lora_layers.py": ["models/test_lora_file.py", "models/test_adapters.py"],
-    "models/lora_write.py": ["models/test_adapters.py"],
+    "models/lora_write.py": ["models/test_lora_file.py"],
     "models/start.py": ["models/test_adapters.py"],
     "models/fused_lora.py": ["models/test_fused_lora.py"],
 }

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -437,7 +438,10 @@ def test_batches_are_of_one_shape_each(tmp_path: Path):
     run = prepared(tmp_path)
     held = replace(held_out(run), num_timesteps=2, batch_size=3)
     held.examples = held.examples[:5]
-    held.__dict__["_shapes"] = [(1, 8, 8)] * 2 + [(1, 4, 16)] * 2 + [(1, 8, 8)]
+    wide = [pair for example in held.examples[2:4] for pair, _ in example.images]
+    buckets = np.isin(np.arange(len(held.cache.bucket_of)), wide).astype(int)
+    held.cache = SimpleNamespace(shapes=[(1, 8, 8), (1, 4, 16)], bucket_of=buckets)  # type: ignore[assignment]
+    assert held._shapes == [(1, 8, 8)] * 2 + [(1, 4, 16)] * 2 + [(1, 8, 8)]
     assert held._parts == [range(3), range(3, 4), range(4, 7), range(7, 8), range(8, 10)]
     # nats are of an image: the drift of each of its numbers, times how many it has
     drift = torch.rand(5, 2, 2).numpy()
