@@ -382,6 +382,9 @@ def test_a_start_of_the_text_encoder_alone_begins_with_a_fresh_lora(tmp_path: Pa
     save_file(text, tmp_path / "te.safetensors")
     model = load(tmp_path / "te.safetensors")
     assert list(model.trainable()) == list(load().trainable())
+    fresh = load(lora=Lora()).trainable()
+    assert {len(value) for name, value in fresh.items() if ".lora_A." in name} == {8}, "as the documents say"
+    assert {name.split(".lora_")[0].split(".attn")[1][2:] for name in fresh} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert model.base_hash == load().base_hash and model.encoder_hash != load().encoder_hash
 
 

@@ -16,7 +16,7 @@ from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import add_adapter, find_adapter
 from diffusion_dpo.models.lora_file import LoraLayer, place, read_lora, recognise
-from diffusion_dpo.models.lora_layers import add_to_weights, added, parts_of, peft_layers, read_back
+from diffusion_dpo.models.lora_layers import add_to_weights, added, parts_of, peft_layers, put_on, read_back
 from diffusion_dpo.models.lora_write import packed, write_lora
 from diffusion_dpo.sampling import adapter_hash
 from tests.fakes import make_stable_diffusion, make_stable_diffusion_xl
@@ -323,6 +323,21 @@ def test_biases_and_a_scale_act_beside_the_weights_as_within_them(sd: Any, tmp_p
         module = sd.unet.get_submodule(path)
         module.weight.data.copy_(weight)
         module.bias = kept[path]
+
+
+def test_a_lora_beside_the_weights_is_frozen_and_a_copy_at_its_own_strength(sd: Any, tmp_path: Path) -> None:
+    weights, _ = with_alphas(sd.unet, ("attn1.to_q",), lambda _: 5)
+    layers = place(read_lora(save(tmp_path, weights)), parts_of(sd))
+    kept = {path: layer.delta() for path, layer in layers["unet"].items()}
+    put_on(parts_of(sd), layers, "one")
+    read = read_back(parts_of(sd), "one")["unet"]
+    assert same({path: layer.delta() for path, layer in read.items()}, kept)
+    parameters = {name: it for name, it in sd.unet.named_parameters() if ".one." in name}
+    assert len(parameters) == 2 * len(kept) and not any(it.requires_grad for it in parameters.values())
+    for parameter in parameters.values():
+        parameter.data.zero_()
+    sd.unload_lora_weights()
+    assert all(torch.equal(layer.delta(), kept[path]) for path, layer in layers["unet"].items())
 
 
 def test_what_is_written_has_its_strength_in_b_and_its_shape_in_the_header(tmp_path: Path) -> None:
