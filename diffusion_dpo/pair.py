@@ -53,7 +53,7 @@ def run(config: PairConfig) -> Path:
     images, drops = read_images(units, read_values(config.scores_dir or beside, facts), facts, read)
     plan = plan_pairs(config, images, main, directions, drops)
     if not plan:
-        raise ConfigError(f"no pairs are left of {config.path}; dropped: {_listed(drops)}")
+        raise ConfigError(f"no pairs are left from {config.path}; dropped: {_listed(drops)}")
     parts = _split(config, images, plan)
     identity = _identity(config, images, facts, main, directions)
     about = {
@@ -184,7 +184,7 @@ def _make(
                 written += len(shard)
                 advance(len(shard))
         if not written:
-            raise ConfigError(f"no pairs are left of {config.path}: every photograph is broken")
+            raise ConfigError(f"no pairs are left from {config.path}: every photograph is broken")
         if written < num_pairs:
             facts = facts | {"drops": facts["drops"] | {BROKEN_PHOTO: num_pairs - written}}
             warn(f"{num_pairs - written} {BROKEN_PHOTO} were left out")

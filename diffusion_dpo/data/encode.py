@@ -124,7 +124,7 @@ def _encode_mask(pair: PreferencePair, size: Size, encoders: Encoders, *, random
         if not mask.any():  # in a square it is a broken row; which bucket a pair gets depends on the settings
             raise ConfigError(
                 f"{pair.where or pair.pair_id}: the mask is all black in the part of {size[0]} x {size[1]} px that is "
-                "trained on; mend it, remove the pair, or set aspect_ratio_buckets=false"
+                "trained on; fix it, remove the pair, or set aspect_ratio_buckets=false"
             )
         mask = mask / mask.mean()
     return torch.stack([mask, mask.flip(1)] if random_flip else [mask])

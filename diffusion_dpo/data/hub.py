@@ -39,7 +39,7 @@ class HubData(PairSource):
     split: str | None = None
     """train, validation, test, or another that names of files and folders speak of; all; null: train of several."""
     max_rows: int | None = Field(None, ge=1)
-    """Read only the first so many rows, and download only the files that hold them; null reads all."""
+    """Read only the first N rows, and download only the files that hold them; null reads all."""
     prompt_column: str = "prompt"
     """The prompts: texts, or chats of which the user's message is taken."""
     chosen_column: str = "chosen"
@@ -172,7 +172,6 @@ class HubData(PairSource):
         )
 
     def _files(self) -> Iterator[Path]:
-
         local = Path(self.path)
         if local.is_file():
             yield local

@@ -136,7 +136,7 @@ def _user_comment(data: bytes) -> str:
 
 
 def _read(file: BinaryIO, size: int) -> bytes:
-    """Return so many bytes; raises ValueError where the file ends before."""
+    """Return the next `size` bytes; raises ValueError where the file ends before."""
     data = file.read(size)
     if len(data) < size:
         raise ValueError("the file ends too early")

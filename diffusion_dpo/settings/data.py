@@ -35,7 +35,7 @@ class GenerateConfig(Config):
     """Prompts: .txt (one a line), .json, .tsv or .jsonl with `prompt` and optionally `id`, `category`, `references`;
     or the name of a suite: parti, geneval, hpsv2, pocket (held-out captions). Null takes pocket prompts."""
     num_prompts: int | None = Field(None, ge=1)
-    """Use only the first so many prompts; null uses all (64 of the pocket world when there is no file)."""
+    """Use only the first N prompts; null uses all (64 of the pocket world when there is no file)."""
     num_images_per_prompt: int = Field(4, ge=1)
     """Candidates drawn for each prompt."""
     model: ImageModel = ImageModel()
@@ -105,9 +105,9 @@ class PairConfig(Config):
     """The same in units of the spread that the scores have within a prompt, over all prompts; of weighted sums, which
     are normalised already, the same as min_margin."""
     max_pairs_per_prompt: int | None = Field(None, ge=1)
-    """Keep at most so many pairs of a prompt, those with the largest margin."""
+    """Keep at most N pairs of a prompt, those with the largest margin."""
     max_pairs_per_image: int | None = Field(None, ge=1)
-    """Keep at most so many pairs of a prompt with the same image, those with the largest margin."""
+    """Keep at most N pairs of a prompt with the same image, those with the largest margin."""
     label_temperature: float | None = Field(None, gt=0)
     """Soft labels: the probability that chosen is better is sigmoid(margin_norm / this), as of Bradley and Terry;
     null: 1."""
@@ -117,7 +117,7 @@ class PairConfig(Config):
     """A control: swap chosen and rejected at random. What a model learns from such pairs, it did not learn from the
     labels."""
     audit: int = Field(0, ge=0)
-    """Also write a blind sheet of so many pairs, `audit.html`, on which a person checks the labels by eye."""
+    """Also write a blind sheet of N pairs, `audit.html`, on which a person checks the labels by eye."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Decides which prompts are held out, which labels are swapped, and which pairs are on the blind sheet."""
     output_dir: Path = Path("runs/pairs")
