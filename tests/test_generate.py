@@ -123,7 +123,7 @@ def test_a_folder_of_other_settings_is_refused(tiny_sd: Path, tmp_path: Path):
     [
         ("model.pretrained=nowhere", "there is no file or folder nowhere, and it is no hub id"),
         ("prompts_path=null", "give prompts_path"),
-        ("model.adapter_path=/nowhere", "/nowhere does not exist; it should hold either"),
+        ("model.adapter_path=/nowhere", "/nowhere does not exist; it should hold pytorch_lora_weights"),
         ("sampling.resolution_px=100", "resolution_px is 100; this model needs a multiple of 8"),
         ("model.pretrained={empty}", "it has no model_index.json"),
     ],
