@@ -346,3 +346,13 @@ def test_a_module_that_exits_when_it_is_imported_is_named(
         verb = {"s": "score", "l": "train"}[setting[0]] if "strategy" not in setting else "pair"
         assert main([verb, setting]) == 2
         assert "type 'leaving:A' cannot be imported: 0" in capsys.readouterr().err
+
+
+def test_data_that_exit_while_they_are_read_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["import sys", "from diffusion_dpo.data import PairSource", "class Data(PairSource):"]
+    Path("quitting.py").write_text("\n".join([*lines, "    def read(self):", "        sys.exit(0)", ""]))
+    assert main(["train", "data.type=quitting:Data", "output_dir=run", "device=cpu"]) == 2
+    assert "quitting.py line 5 ended the program by sys.exit(0) before it was done" in capsys.readouterr().err
