@@ -35,9 +35,10 @@ def _fused_linear() -> Any:
             shape = result.shape
             for name in self.active_adapters:
                 if name in self.lora_A:
-                    down = functional.linear(self.lora_dropout[name](x), self.lora_A[name].weight)
-                    rows, up = down.flatten(0, -2), self.lora_B[name].weight.T
-                    result = torch.addmm(result.flatten(0, -2), rows, up, alpha=self.scaling[name])
+                    # of more dimensions, torch computes otherwise where a weight requires a gradient, in the last bit
+                    rows = self.lora_dropout[name](x).flatten(0, -2)
+                    down, up = functional.linear(rows, self.lora_A[name].weight), self.lora_B[name].weight.T
+                    result = torch.addmm(result.flatten(0, -2), down, up, alpha=self.scaling[name])
             return result.view(shape)
 
     return FusedLinear
