@@ -342,11 +342,14 @@ def load_single_file(
     try:
         with quiet(), _settings_folder(base) as folder:
             loaded = family.from_single_file(str(file), config=folder, local_files_only=True, dtype=torch.float32)
-            loaded = loaded.to(device)  # which fails for weights that it has not found
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"diffusers cannot load {file} as a {family.__name__}: {first_sentence(error)}") from error
+    parts = {part: loaded.components[part] for part in ("vae", *PARTS) if part in loaded.components}
+    lost = [f"{part}.{name}" for part, it in parts.items() for name, value in it.named_parameters() if value.is_meta]
+    if lost:  # such as of two text encoders of one width, which it does not tell apart
+        raise ConfigError(f"diffusers does not find all weights of {file}: {len(lost)} are left out, e.g. {lost[0]}")
     loaded.set_progress_bar_config(disable=True)
-    return loaded
+    return loaded.to(device)
 
 
 @contextmanager

@@ -219,3 +219,21 @@ def test_a_run_folder_says_its_base(made: Callable[[str, str], Made], tmp_path: 
 def test_a_setting_that_the_format_ignores_is_refused(settings: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(ExportConfig, None, settings)
+
+
+def test_weights_that_diffusers_does_not_find_are_named(
+    made: Callable[[str, str], Made], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of SDXL's second text encoder, where both are of one width."""
+    model = made("sd", "plain")
+    read = model.kind.from_single_file
+
+    def forgetful(*arguments: Any, **settings: Any) -> Any:
+        pipeline = read(*arguments, **settings)
+        pipeline.unet.conv_in.to("meta")
+        return pipeline
+
+    monkeypatch.setattr(model.kind, "from_single_file", forgetful)
+    with pytest.raises(ConfigError, match=r"does not find all weights of .*: 2 are left out, e\.g\. unet\.conv_in"):
+        run(model, tmp_path / "out", "format=single_file")
+    assert nothing_left(tmp_path / "out")
