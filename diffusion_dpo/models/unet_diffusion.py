@@ -15,6 +15,7 @@ from diffusion_dpo.console import warn
 from diffusion_dpo.models import DiffusionModel, LoadedModel, fused_lora
 from diffusion_dpo.models.base import read_base
 from diffusion_dpo.models.base_facts import BaseFacts, require_side_px
+from diffusion_dpo.models.checkpoint_file import find_checkpoint
 from diffusion_dpo.models.lora_layers import (
     DEFAULT_TARGETS,
     add_to_weights,
@@ -108,6 +109,7 @@ class UNetDiffusion(DiffusionModel):
         whole = Path(adapter).name == "unet"  # also of a LoRA that was trained on another whole UNet
         names = self.pipeline_name + (", UNet2DConditionModel" if whole else "")
         base = str(POCKET_DIR) if self.pretrained == "pocket" else self.pretrained
+        base = str(find_checkpoint(base) or base)  # of a folder that holds one checkpoint, the file
         loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
         lines = [f"from diffusers import {names}\n", f"pipe = {self.pipeline_name}.{loader}({base!r})"]
         if self.prediction_type is not None:

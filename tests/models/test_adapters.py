@@ -193,8 +193,12 @@ def test_the_model_card_loads_what_is_saved(any_old: Path, tmp_path: Path) -> No
     torch.testing.assert_close(predict(plain), predict(model), rtol=0, atol=1e-5)
     exec(settings.model_copy(update={"prediction_type": "v_prediction"}).usage(adapter), loaded)
     assert loaded["pipe"].scheduler.config.prediction_type == "v_prediction"
-    checkpoint = settings.model_copy(update={"pretrained": "a/b.safetensors"}).usage(adapter)
-    assert "pipe = StableDiffusionPipeline.from_single_file('a/b.safetensors')\n" in checkpoint
+    file = tmp_path / "base" / "b.safetensors"
+    file.parent.mkdir()
+    file.touch()
+    for base, shown in (("gone.safetensors", "gone.safetensors"), (str(file.parent), str(file))):
+        text = settings.model_copy(update={"pretrained": base}).usage(adapter)
+        assert f"pipe = StableDiffusionPipeline.from_single_file({shown!r})\n" in text
 
 
 def test_the_rank_does_not_grow_unasked(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
