@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say, warn
 from diffusion_dpo.device import pick_device
-from diffusion_dpo.exporting.adapter import load_single_file
 from diffusion_dpo.exporting.probe import Probe, changes, does_something
 from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs
+from diffusion_dpo.exporting.single_file import load_single_file
 from diffusion_dpo.exporting.source import Base, find_base
 from diffusion_dpo.models.adapters import locate_adapter, refuse_other_interface, replace_unet
 from diffusion_dpo.models.lora_file import Layers, Lora, place, read_lora

@@ -3,7 +3,6 @@
 import os
 import shlex
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,16 +20,16 @@ from diffusion_dpo.exporting.lora import as_kohya, common_alpha
 from diffusion_dpo.exporting.merged import write_merged
 from diffusion_dpo.exporting.probe import Answers, Probe, changes, difference, does_something, networks_changed
 from diffusion_dpo.exporting.public import as_diffusers_loads, where_it_differs, why_it_may_differ
+from diffusion_dpo.exporting.single_file import load_single_file
 from diffusion_dpo.exporting.source import Base, find_base, find_source, name_of
 from diffusion_dpo.files import MANIFEST, claim, finish, fsync_file, fsync_folder, hashes_of
 from diffusion_dpo.models.adapters import AdapterKind, replace_unet
-from diffusion_dpo.models.base import read_base
-from diffusion_dpo.models.checkpoint_file import find_checkpoint, header_settings, write_settings
+from diffusion_dpo.models.checkpoint_file import header_settings
 from diffusion_dpo.models.lora_file import PARTS, Layers, place, read_lora
 from diffusion_dpo.models.lora_layers import add_to_weights, parts_of
 from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
 from diffusion_dpo.models.original_layout import as_original
-from diffusion_dpo.models.pipeline import POCKET_DIR, first_sentence, load_base
+from diffusion_dpo.models.pipeline import first_sentence, load_base
 from diffusion_dpo.models.quiet import quiet
 from diffusion_dpo.models.safetensors_file import write_safetensors
 from diffusion_dpo.sampling import adapter_hash, identity_of
@@ -327,46 +326,6 @@ def _load_back(
         ) from error
     fresh.set_progress_bar_config(disable=True)
     return fresh.to(device)
-
-
-def load_single_file(
-    family: type["DiffusionPipeline"], file: Path, base: Base, device: "torch.device"
-) -> "DiffusionPipeline":
-    """Load a checkpoint in the original layout, of a family and with the settings of a base, in float32.
-
-    Raises ConfigError when diffusers cannot, or leaves weights out.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    try:
-        with quiet(), _settings_folder(base) as folder:
-            loaded = family.from_single_file(str(file), config=folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise ConfigError(f"diffusers cannot load {file} as a {family.__name__}: {first_sentence(error)}") from error
-    parts = {part: loaded.components[part] for part in ("vae", *PARTS) if part in loaded.components}
-    lost = [f"{part}.{name}" for part, it in parts.items() for name, value in it.named_parameters() if value.is_meta]
-    if lost:  # such as of two text encoders of one width, which it does not tell apart
-        raise ConfigError(f"diffusers does not find all weights of {file}: {len(lost)} are left out, e.g. {lost[0]}")
-    loaded.set_progress_bar_config(disable=True)
-    return loaded.to(device)
-
-
-@contextmanager
-def _settings_folder(base: Base) -> Iterator[str]:
-    """Yield the folder of the base's settings, with which a single-file checkpoint is read."""
-    from huggingface_hub import snapshot_download
-
-    if base.pretrained == "pocket":
-        yield str(POCKET_DIR)
-    elif find_checkpoint(base.pretrained) is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_settings(read_base(base.pretrained, prediction_type=base.prediction_type), Path(folder))
-            yield folder
-    elif Path(base.pretrained).is_dir():
-        yield base.pretrained
-    else:
-        yield str(snapshot_download(base.pretrained, revision=base.revision, local_files_only=True))
 
 
 def _dtype(config: ExportConfig) -> "torch.dtype":

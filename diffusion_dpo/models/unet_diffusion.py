@@ -29,13 +29,7 @@ from diffusion_dpo.models.lora_layers import (
     train_only,
 )
 from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
-from diffusion_dpo.models.pipeline import (
-    POCKET_DIR,
-    content_hash,
-    facts,
-    first_sentence,
-    load_facts,
-)
+from diffusion_dpo.models.pipeline import POCKET_DIR, content_hash, facts, first_sentence, load_facts
 from diffusion_dpo.models.requirements import require_trainable, with_schedule
 from diffusion_dpo.models.start import Start, refuse_start
 from diffusion_dpo.settings import PredictionType
