@@ -33,7 +33,8 @@ def test_what_others_wrote_is_shown_and_not_obeyed(
     monkeypatch.setattr(console._console, "_force_terminal", is_terminal)
     if is_terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr(console._console, "_width", 300)
+        monkeypatch.setattr(console._console, "_height", 50)
     table = Table(FOREIGN, title=FOREIGN, box=None)
     table.add_row(FOREIGN)
     table.add_row(Text(FOREIGN))
