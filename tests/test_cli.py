@@ -85,7 +85,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ids=" ".join,
 )
 def test_help_and_typos_answer_in_half_a_second(arguments: list[str]) -> None:
-    """CPU seconds rather than those on the clock, so that a busy machine does not matter; the best of three."""
+    """CPU seconds rather than those on the clock, and the best of a few: a busy machine only adds to them."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -93,7 +93,7 @@ def test_help_and_typos_answer_in_half_a_second(arguments: list[str]) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) <= 0.5
+    assert any(seconds() <= 0.5 for _ in range(6))
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def test_each_image_of_a_mixture_is_that_of_its_variant_alone_and_says_so(tiny_s
             == [
                 common | {"variant": "soft", "model": "pocket", "sampler": "DDIMScheduler", "guidance_scale": 1.0},
                 common
-                | {"variant": "1", "model": str(tiny_sd), "sampler": "EulerDiscreteScheduler", "guidance_scale": 1.5},
+                | {"variant": "1", "model": tiny_sd.name, "sampler": "EulerDiscreteScheduler", "guidance_scale": 1.5},
             ][row["index"]]
         )
 
