@@ -93,7 +93,7 @@ def of_adapter(path: Path) -> Ancestry:
 
 
 def _of_base(pretrained: str) -> Ancestry:
-    """Return what a base stands on: nothing, unless it is a merged model of ours."""
+    """Return what a base stands on: nothing, unless it is a merged model that `export` wrote."""
     path = Path(pretrained)
     if not path.exists():
         return Ancestry()
@@ -106,7 +106,7 @@ def _of_base(pretrained: str) -> Ancestry:
 
 
 def _header_of(file: Path) -> dict[str, Any]:
-    """Return what we wrote into the header of a safetensors file; {} where it is none, or none of ours."""
+    """Return what we wrote into the header of a safetensors file; {} where it is none, or another program wrote it."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")

@@ -41,7 +41,7 @@ class Candidate:
 
     where: str
     known_uid: str = ""
-    """The pixel hash of a candidate of ours."""
+    """The pixel hash, of an image that `generate` drew."""
     prompt: str = ""
     prompt_id: str = ""
     data: bytes = b""
@@ -52,13 +52,13 @@ class Candidate:
     made: Made | None = None
     """How it came about; None of an image file that says so itself."""
     made_by: str = ""
-    """The settings_hash of a candidate of ours."""
+    """The settings_hash, of an image that `generate` drew."""
     file: str = ""
     """Where its bytes are, of an image file."""
 
     @cached_property
     def uid(self) -> str:
-        """The id of the image alone: the pixel hash of a candidate of ours, a hash of the encoded bytes otherwise."""
+        """The id of the image alone: the pixel hash if `generate` drew it, else a hash of its bytes."""
         if self.known_uid:
             return self.known_uid
         data = self.data or (Path(self.file).read_bytes() if self.file and not self.broken else b"")
@@ -114,7 +114,7 @@ class Unit:
     prompt_column: str | None = None
 
     def read(self, *, images: bool = True) -> Iterator[Candidate]:
-        """Yield the images in order; without `images`, of image files the headers alone, and no pixels of ours."""
+        """Yield the images in order; without `images`, of image files the headers alone, and no pixels of a table."""
         if self.captions is None:
             yield from _read_parquet(self.root / self.files[0], images=images, prompt_column=self.prompt_column)
             return

@@ -98,7 +98,7 @@ class Holding:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """The manifest of a folder that a verb of ours made, {} of any other."""
+        """The manifest of a folder that a verb made, {} of any other."""
         return _manifest(self.root) if self.path.is_dir() else {}
 
     @cached_property

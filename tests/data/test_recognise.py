@@ -117,7 +117,7 @@ OWN = {
 
 
 def own(folder: Path, made_by: str) -> Path:
-    """Write what tells a folder of ours, with images in it that are no candidates."""
+    """Write the manifest of a folder that a verb made, with images in it that are no candidates."""
     images(folder, "previews/step-00000000/0.png", "x.png")
     (folder / "manifest.json").write_text(json.dumps({"made_by": made_by, "complete": True, "identity": {}}))
     return folder

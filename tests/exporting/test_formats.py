@@ -137,7 +137,7 @@ def test_the_text_encoder_of_stable_diffusion_2_gets_open_clips_names(tmp_path: 
 
 
 def test_a_merged_folder_is_read_plainly_by_every_version(made: Callable[[str, str], Made], tmp_path: Path) -> None:
-    """In half precision: one number format after a plain load, transformers 4's names and files, no path of ours."""
+    """In half precision: one number format after a plain load, transformers 4's names and files, no local path."""
     model = made("xl", "all")
     out = run(model, tmp_path / "out", "format=merged")
     pipeline = DiffusionPipeline.from_pretrained(out)
