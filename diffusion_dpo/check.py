@@ -15,12 +15,11 @@ from diffusion_dpo.exporting.source import Base, find_base
 from diffusion_dpo.models.adapters import locate_adapter, refuse_other_interface, replace_unet
 from diffusion_dpo.models.lora_file import Layers, Lora, place, read_lora
 from diffusion_dpo.models.lora_layers import added, parts_of
-from diffusion_dpo.models.pipeline import load_base
 from diffusion_dpo.models.safetensors_file import FileFacts, read_facts, shown, shown_metadata
 from diffusion_dpo.settings import CheckConfig
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 
 _PARTS = {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
@@ -75,22 +74,8 @@ def _say_metadata(facts: FileFacts) -> None:
         say(f"  {line}")
 
 
-def _load(config: CheckConfig, base: Base) -> "DiffusionPipeline":
-    import torch
-
-    device = pick_device(config.device)
-    return load_base(
-        base.pretrained,
-        revision=base.revision,
-        variant=base.variant,
-        prediction_type=base.prediction_type,
-        device=device,
-        dtype=torch.float32,
-    )
-
-
 def _check_unet(config: CheckConfig, where: Path, base: Base) -> None:
-    pipeline = _load(config, base)
+    pipeline = base.load(pick_device(config.device))
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
     replace_unet(pipeline, where)
@@ -99,7 +84,7 @@ def _check_unet(config: CheckConfig, where: Path, base: Base) -> None:
 
 def _check_lora(config: CheckConfig, lora: Lora, base: Base) -> None:
     """Measure what a LoRA file says, its weights added to those of the base, and what diffusers makes of the file."""
-    pipeline = _load(config, base)
+    pipeline = base.load(pick_device(config.device))
     layers = place(lora, parts_of(pipeline))
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
@@ -149,7 +134,7 @@ def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:
     if base is None:
         say("give pretrained=..., a model of its family, to load it and to see what is different")
         return
-    pipeline = _load(config, base)
+    pipeline = base.load(pick_device(config.device))
     probe = Probe.of(pipeline)
     before = probe.ask(pipeline)
     loaded = load_single_file(type(pipeline), config.path, base, pipeline.device)
@@ -157,8 +142,8 @@ def _check_checkpoint(config: CheckConfig, base: Base | None) -> None:
 
 
 def _check_pipeline(config: CheckConfig, base: Base | None) -> None:
-    whole = _load(config, Base(str(config.path)))
-    reference = whole if base is None else _load(config, base)
+    whole = Base(str(config.path)).load(pick_device(config.device))
+    reference = whole if base is None else base.load(pick_device(config.device))
     if type(whole) is not type(reference):
         raise ConfigError(
             f"{config.path} is a {type(whole).__name__} and {config.pretrained} a {type(reference).__name__}: "

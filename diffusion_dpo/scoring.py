@@ -17,7 +17,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import progress, say, warn
 from diffusion_dpo.data.candidates import Candidate, Unit
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
-from diffusion_dpo.data.left_out import some
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.scores import Verdict, facts_path, read_verdicts, shard_path, shards_of
 from diffusion_dpo.data.shards import SCORES, write_shard
 from diffusion_dpo.device import pick_device

@@ -135,15 +135,18 @@ def look_into(path: Path) -> Holding:
 
 
 def walk(root: Path) -> Iterator[PurePosixPath]:
-    """Yield the visible files below a folder, those of upper folders first; links to folders are not followed."""
+    """Yield the visible files below a folder, those of upper folders first; links to folders are not followed.
+
+    Raises ConfigError where a folder cannot be listed: what it holds would be missing without a word.
+    """
     level = [root]
     while level:
         below: list[Path] = []
         for folder in level:
             try:
                 entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-            except OSError:  # a folder that may not be looked into holds nothing for us
-                continue
+            except OSError as error:
+                raise ConfigError(f"cannot list {folder}: {error.strerror}") from None
             for entry in entries:
                 if entry.name.startswith(".") or entry.name == "__MACOSX":
                     continue

@@ -7,14 +7,13 @@ from posixpath import basename, splitext
 
 from diffusion_dpo.data.captions import Captions
 from diffusion_dpo.data.image_kinds import NOT_DECODED
-from diffusion_dpo.data.listing import Listing
+from diffusion_dpo.data.listing import Listing, some
 
 _OWN = re.compile(
     r"scores-.*\.(json|parquet)|manifest\.json|thumbs\.db|desktop\.ini|state\.json|dataset_(info|dict)\.json|\d+_stats\.json",
     re.IGNORECASE,
 )
 """Files that are no one's images: what `score`, file managers, `datasets` and img2dataset write beside them."""
-_NAMES_SHOWN = 3
 
 
 def is_own(name: str) -> bool:
@@ -40,11 +39,6 @@ def sort_out(listing: Listing, used: Collection[str], captions: Captions) -> dic
 def describe(left_out: Mapping[str, Sequence[str]]) -> str:
     """Return `3 x .heic, which ... (a.heic, b.heic, ...); 1 x .mp4 (c.mp4)`."""
     return "; ".join(f"{len(names)} x {kind} ({some(names)})" for kind, names in left_out.items())
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names of a list: `a, b, c, ...`."""
-    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _kind(name: str) -> str:

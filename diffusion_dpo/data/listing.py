@@ -1,10 +1,13 @@
 """The files of somebody's folder: visible ones, and no link that leads out of it is followed."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_dpo.config import ConfigError
+
+_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ def list_files(root: Path) -> Listing:
         except OSError as error:
             raise ConfigError(f"cannot list {root / folder}: {error.strerror}") from None
     return Listing(root, tuple(sorted(files, key=_parts)), tuple(sorted(links, key=_parts)))
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names of a list: `a, b, c, ...`."""
+    return ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
 
 
 def _leads_to_a_file_inside(root: Path, name: str) -> bool:

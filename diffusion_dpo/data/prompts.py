@@ -12,7 +12,7 @@ from diffusion_dpo.config import ConfigError
 from diffusion_dpo.console import say
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
 from diffusion_dpo.data.inside import read_inside
-from diffusion_dpo.data.left_out import some
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.shards import column_names, located_rows
 from diffusion_dpo.data.suites import SUITES, suite_files
 from diffusion_dpo.data.tables import prompt_value, read_table, text_column

@@ -14,7 +14,8 @@ from diffusion_dpo.data.columns import respell, spelled_rows
 from diffusion_dpo.data.holding import METADATA, ROWS, Holding, look_into, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
-from diffusion_dpo.data.splits import ALL, FileData, counted, some
+from diffusion_dpo.data.listing import some
+from diffusion_dpo.data.splits import ALL, FileData, counted
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.tables import read_csv
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.data import PairSource
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.stamps import stamp_of
 
 TRAIN, ALL = "train", "all"
@@ -23,7 +24,6 @@ _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
 _SHARD = re.compile(r"(.+?)[-_.]\d{3,}[-_.]of[-_.]\d{3,}([-_.][0-9a-f]+)?", re.IGNORECASE)
 _NUMBERED = re.compile(rf"({'|'.join(_SPLIT_OF)})\d+")
 _SEPARATORS = re.compile(r"[-_. ]+")
-_SHOWN = 3
 
 Tokens = tuple[str, ...]
 
@@ -84,11 +84,6 @@ def describe(left: Mapping[str, Sequence[Path]], counts: Iterable[int], root: Pa
 def counted(number: int, noun: str) -> str:
     """Return `1 row`, `2 rows`, for a message."""
     return f"{number} {noun}{'s'[: number != 1]}"
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first of the names, for a message."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _inside(file: Path, root: Path) -> PurePosixPath:

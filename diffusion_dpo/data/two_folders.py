@@ -16,9 +16,10 @@ from diffusion_dpo.data.embedded import read_caption, read_embedded
 from diffusion_dpo.data.holding import Holding, walk
 from diffusion_dpo.data.image_kinds import IMAGE_SUFFIXES
 from diffusion_dpo.data.inside import MISSING, advise, read_inside
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.records import read_file
 from diffusion_dpo.data.rows import make_pair
-from diffusion_dpo.data.splits import counted, describe, select, some
+from diffusion_dpo.data.splits import counted, describe, select
 from diffusion_dpo.data.stamps import stamp_of
 from diffusion_dpo.data.text import decode_text
 

@@ -29,7 +29,7 @@ from diffusion_dpo.models.lora_file import PARTS, Layers, place, read_lora
 from diffusion_dpo.models.lora_layers import add_to_weights, parts_of
 from diffusion_dpo.models.lora_write import LORA_FILE, write_lora
 from diffusion_dpo.models.original_layout import as_original
-from diffusion_dpo.models.pipeline import first_sentence, load_base
+from diffusion_dpo.models.pipeline import first_sentence
 from diffusion_dpo.models.quiet import quiet
 from diffusion_dpo.models.safetensors_file import write_safetensors
 from diffusion_dpo.sampling import adapter_hash, identity_of
@@ -136,7 +136,7 @@ def _make(config: ExportConfig, kind: AdapterKind, where: Path, base: Base, name
     staging.mkdir()
     device = pick_device(config.device)
     with progress("export", 4, "steps") as advance:
-        pipeline = _load(base, device)
+        pipeline = base.load(device)
         advance(1, "the base")
         tuned = _tune(config, kind, where, pipeline)
         if config.format not in LORA_FORMATS:
@@ -180,19 +180,6 @@ def _move_in(staging: Path, folder: Path) -> None:
         os.replace(path, folder / path.name)
     staging.rmdir()
     fsync_folder(folder)
-
-
-def _load(base: Base, device: "torch.device") -> "DiffusionPipeline":
-    import torch
-
-    return load_base(
-        base.pretrained,
-        revision=base.revision,
-        variant=base.variant,
-        prediction_type=base.prediction_type,
-        device=device,
-        dtype=torch.float32,
-    )
 
 
 def _tune(config: ExportConfig, kind: AdapterKind, where: Path, pipeline: "DiffusionPipeline") -> _Tuned:
@@ -312,7 +299,7 @@ def _load_back(
 
     if config.format == "single_file":
         return load_single_file(family, staging / f"{name}.safetensors", base, device)
-    fresh = _load(base, device) if config.format in LORA_FORMATS else None
+    fresh = base.load(device) if config.format in LORA_FORMATS else None
     try:
         if fresh is None:
             fresh = DiffusionPipeline.from_pretrained(staging)  # as people do, plainly

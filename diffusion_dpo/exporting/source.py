@@ -2,13 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from diffusion_dpo.config import ConfigError
 from diffusion_dpo.models.adapters import AdapterKind, find_adapter
+from diffusion_dpo.models.pipeline import load_base
 from diffusion_dpo.settings import CheckConfig, ExportConfig
 from diffusion_dpo.yaml_dialect import Loader
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,19 @@ class Base:
     revision: str | None = None
     variant: str | None = None
     prediction_type: str | None = None
+
+    def load(self, device: "torch.device") -> "DiffusionPipeline":
+        """Load it in float32, as `load_base` does."""
+        import torch
+
+        return load_base(
+            self.pretrained,
+            revision=self.revision,
+            variant=self.variant,
+            prediction_type=self.prediction_type,
+            device=device,
+            dtype=torch.float32,
+        )
 
 
 def run_folder(path: Path) -> Path | None:

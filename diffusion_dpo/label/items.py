@@ -23,7 +23,8 @@ from diffusion_dpo.data import Dropped, PairSource, PreferencePair
 from diffusion_dpo.data.candidates import find_candidates, find_units
 from diffusion_dpo.data.comparisons import is_comparison, read_comparison
 from diffusion_dpo.data.images import BrokenImage, decode_rgb
-from diffusion_dpo.data.left_out import describe, some
+from diffusion_dpo.data.left_out import describe
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.recognise import recognise_either, refusal
 from diffusion_dpo.data.shards import encode_png
 from diffusion_dpo.data.votes import ITEMS, read_lines

@@ -15,7 +15,8 @@ from diffusion_dpo.data.candidates import Candidate, Unit, find_candidates
 from diffusion_dpo.data.collect import in_order
 from diffusion_dpo.data.contact_sheet import Block, Tile
 from diffusion_dpo.data.images import BrokenImage, decode_rgb, pixel_hash
-from diffusion_dpo.data.left_out import describe, some
+from diffusion_dpo.data.left_out import describe
+from diffusion_dpo.data.listing import some
 from diffusion_dpo.data.scores import MetricFacts, Verdict, read_all_verdicts, read_facts
 from diffusion_dpo.report.agreement import Tau, agreement
 from diffusion_dpo.report.appearance import Appearance, look_at, near_duplicates

@@ -1,6 +1,8 @@
 """What a path holds is decided in one place, and every verb takes or refuses it in the same words."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from diffusion_dpo.cli import main
 from diffusion_dpo.config import ConfigError, dump, load
 from diffusion_dpo.data.holding import look_into
 from diffusion_dpo.data.recognise import AutoData, recognise, settle
+from diffusion_dpo.data.two_folders import TwoFoldersData
 from diffusion_dpo.settings import InspectConfig, LabelConfig, TrainConfig
 from tests.photos import jpeg
 
@@ -234,3 +237,19 @@ def test_all_rows_are_looked_at_before_a_model_is_loaded(tmp_path: Path, monkeyp
 def test_the_id_of_a_data_set_on_the_hub_is_answered_with_its_type() -> None:
     with pytest.raises(ConfigError, match=r"no file or folder owner/name; .* data\.type=hub"):
         recognise(Path("owner/name"))
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = LAYOUTS["two_folders"](tmp_path)
+    (root / "chosen" / "locked").mkdir()
+    scandir = os.scandir
+
+    def locked(folder: str | Path) -> object:
+        if Path(folder).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    for look in (recognise, lambda path: list(TwoFoldersData(path=path, type="two_folders").read())):
+        with pytest.raises(ConfigError, match=r"cannot list .*chosen.locked: Permission denied"):
+            look(root)
